@@ -1,0 +1,224 @@
+"""The loss and the matrix it is made of, as functions: argument checks, then dispatch."""
+
+import math
+import numbers
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from rsd_loss import reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Reduction = Literal["sum", "mean", "none"]
+Implementation = Literal["auto", "fused", "triton", "reference"]
+
+_REDUCTIONS = ("sum", "mean", "none")
+_IMPLEMENTATIONS = ("auto", "fused", "triton", "reference")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class RSDTerms(NamedTuple):
+    """The two parts of the loss, detached, for logging.
+
+    They are reduced as the loss is (over features: averaged for ``reduction="mean"``, summed otherwise), so that
+    the reduced loss equals ``invariance + kappa * decorrelation``.
+
+    Attributes:
+        invariance: Scalar, sum_i (P_ii - 1)^2; 0 when every student feature matches its teacher feature.
+        decorrelation: Scalar, sum_{i != j} P_ij^2, not yet weighted by kappa.
+    """
+
+    invariance: Tensor
+    decorrelation: Tensor
+
+
+@overload
+def rsd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kappa: float = ...,
+    eps: float = ...,
+    reduction: Reduction = ...,
+    gather_distributed: bool = ...,
+    process_group: "ProcessGroup | None" = ...,
+    implementation: Implementation = ...,
+    return_terms: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def rsd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kappa: float = ...,
+    eps: float = ...,
+    reduction: Reduction = ...,
+    gather_distributed: bool = ...,
+    process_group: "ProcessGroup | None" = ...,
+    implementation: Implementation = ...,
+    return_terms: Literal[True],
+) -> tuple[Tensor, RSDTerms]: ...
+@overload
+def rsd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kappa: float = ...,
+    eps: float = ...,
+    reduction: Reduction = ...,
+    gather_distributed: bool = ...,
+    process_group: "ProcessGroup | None" = ...,
+    implementation: Implementation = ...,
+    return_terms: bool,
+) -> Tensor | tuple[Tensor, RSDTerms]: ...
+
+
+def rsd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kappa: float = 0.01,
+    eps: float = 1e-5,
+    reduction: Reduction = "sum",
+    gather_distributed: bool = False,
+    process_group: "ProcessGroup | None" = None,
+    implementation: Implementation = "auto",
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, RSDTerms]:
+    r"""Redundancy Suppression Distillation loss between two batches of embeddings.
+
+    With Z the embeddings standardised per feature over the batch, and the cross-correlation P = Zt' Zs / B,
+
+    .. math:: L = \sum_i (P_{ii} - 1)^2 + \kappa \sum_{i \ne j} P_{ij}^2
+
+    The diagonal ties each student feature to its teacher feature (invariance maximisation); the off-diagonal keeps
+    it from repeating the others (feature decorrelation). Source: Zhang, Liu, Ran and Ma, "Cross-Architecture
+    Distillation Made Simple with Redundancy Suppression", ICCV 2025, arXiv 2507.21844.
+
+    Args:
+        student: (B, D) student embeddings, usually from :class:`DecouplingProjector`; B >= 2; float16, bfloat16,
+            float32 or float64.
+        teacher: (B, D) teacher embeddings of the same samples in the same order. A teacher that requires grad gets
+            its gradient; use ``torch.no_grad()`` around a frozen one.
+        kappa: Weight of the decorrelation term; the paper's value is 0.01.
+        eps: Added to the standard deviation (outside the root), in the units of the embeddings.
+        reduction: ``"sum"`` is the paper's loss; ``"mean"`` divides it by D, so that its weight does not depend on
+            the width; ``"none"`` gives the (D,) losses of the student's features.
+        gather_distributed: Take the batch to be that of all processes in ``process_group``.
+        process_group: The processes to gather over; the default group if None.
+        implementation: ``"auto"`` picks the fastest; ``"fused"``, ``"triton"`` and ``"reference"`` give the same
+            numbers by different means.
+        return_terms: Also return the two terms.
+
+    Returns:
+        The loss: a scalar, or (D,) for ``reduction="none"``; float64 for float64 embeddings, else float32 (a half
+        precision sum over features could overflow). With ``return_terms=True``, ``(loss, RSDTerms)``.
+
+    Raises:
+        TypeError: An embedding is not a floating-point tensor, or kappa or eps not a number.
+        ValueError: Shapes, devices, ranges or names do not fit; the message says which and what to do.
+    """
+    check_settings(kappa, eps, reduction, implementation)
+    _check_embeddings(student, teacher)
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student has {student.shape[1]} features and teacher {teacher.shape[1]}: "
+            f"project the student with DecouplingProjector({student.shape[1]}, {teacher.shape[1]})"
+        )
+    losses, d, q = reference.feature_losses(student, teacher, kappa, eps)
+    loss = _reduce(losses, reduction)
+    if not return_terms:
+        return loss
+    over_features: Reduction = "mean" if reduction == "mean" else "sum"
+    return loss, RSDTerms(_reduce((d - 1).square(), over_features), _reduce(q - d.square(), over_features))
+
+
+def cross_correlation(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    eps: float = 1e-5,
+    gather_distributed: bool = False,
+    process_group: "ProcessGroup | None" = None,
+) -> Tensor:
+    """Cross-correlation matrix of two batches of embeddings, P = Zt' Zs / B.
+
+    Use it to look at the matrix or to build a loss of one's own; :func:`rsd_loss` does not need to form it.
+
+    Args:
+        student: (B, D_student) embeddings; B >= 2; float16, bfloat16, float32 or float64.
+        teacher: (B, D_teacher) embeddings of the same samples in the same order; the widths may differ.
+        eps: Added to the standard deviation (outside the root), in the units of the embeddings.
+        gather_distributed: Take the batch to be that of all processes in ``process_group``.
+        process_group: The processes to gather over; the default group if None.
+
+    Returns:
+        (D_teacher, D_student) matrix with entries in [-1, 1]; of the dtype a product of the two would have.
+
+    Raises:
+        TypeError: An embedding is not a floating-point tensor, or eps not a number.
+        ValueError: Shapes, devices or ranges do not fit; the message says which and what to do.
+    """
+    _check_non_negative("eps", eps)
+    _check_embeddings(student, teacher)
+    return reference.cross_correlation(student, teacher, eps)
+
+
+def check_settings(kappa: float, eps: float, reduction: str, implementation: str) -> None:
+    """Raises unless the arguments that RSDLoss shares with rsd_loss are valid."""
+    _check_non_negative("kappa", kappa)
+    _check_non_negative("eps", eps)
+    for name, value, known in (
+        ("reduction", reduction, _REDUCTIONS),
+        ("implementation", implementation, _IMPLEMENTATIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def _check_non_negative(name: str, value: float) -> None:
+    # A tensor is refused too: comparing it would read its value, a hidden device synchronisation.
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: pass a Python float")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number that is not negative, got {value}")
+
+
+def _check_embeddings(student: Tensor, teacher: Tensor) -> None:
+    """Raises unless both are (B, D) floating-point tensors that fit; looks at metadata only, never at values."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: convert it with torch.as_tensor")
+        if x.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}: "
+                "pass real-valued embeddings, not labels or indices"
+            )
+        if x.ndim != 2:
+            way_out = "pool maps and tokens with rsd_loss.features.pool" if x.ndim > 2 else "keep the batch dimension"
+            raise ValueError(f"{name} must be (batch, features), got shape {tuple(x.shape)}: {way_out}")
+        if x.shape[1] == 0:
+            raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"student has {student.shape[0]} rows and teacher {teacher.shape[0]}: "
+            "row i of both must be the embedding of the same sample"
+        )
+    if student.shape[0] < 2:
+        raise ValueError(
+            f"student and teacher must have at least 2 rows to correlate over, got {student.shape[0]}: "
+            "skip the batch, or set drop_last=True in the DataLoader"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student is on {student.device} and teacher on {teacher.device}: move one with .to(student.device)"
+        )
+
+
+def _reduce(losses: Tensor, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.mean()

@@ -1,0 +1,144 @@
+"""The loss and the projector as modules."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rsd_loss.functional import Implementation, Reduction, RSDTerms, check_settings, rsd_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class RSDLoss(nn.Module):
+    """Redundancy Suppression Distillation loss; see :func:`rsd_loss` for the mathematics and every argument.
+
+    It has no parameters: the projector stays separate, since its parameters belong to the student's optimizer,
+    wrapper and checkpoints.
+
+    Args:
+        kappa: Weight of the decorrelation term; the paper's value is 0.01.
+        eps: Added to the standard deviation, in the units of the embeddings.
+        reduction: ``"sum"`` (the paper), ``"mean"`` or ``"none"``.
+        gather_distributed: Take the batch to be that of all processes in ``process_group``.
+        process_group: The processes to gather over; the default group if None.
+        implementation: ``"auto"``, ``"fused"``, ``"triton"`` or ``"reference"``.
+        return_terms: Return ``(loss, RSDTerms)`` rather than the loss.
+
+    Raises:
+        TypeError: kappa or eps is not a number.
+        ValueError: A number is out of range or a name unknown.
+
+    Example:
+        >>> criterion = RSDLoss()
+        >>> loss = criterion(torch.randn(32, 64, requires_grad=True), torch.randn(32, 64))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        kappa: float = 0.01,
+        *,
+        eps: float = 1e-5,
+        reduction: Reduction = "sum",
+        gather_distributed: bool = False,
+        process_group: "ProcessGroup | None" = None,
+        implementation: Implementation = "auto",
+        return_terms: bool = False,
+    ) -> None:
+        super().__init__()
+        check_settings(kappa, eps, reduction, implementation)
+        self.kappa = kappa
+        self.eps = eps
+        self.reduction = reduction
+        self.gather_distributed = gather_distributed
+        self.process_group = process_group
+        self.implementation = implementation
+        self.return_terms = return_terms
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor | tuple[Tensor, RSDTerms]:
+        """(B, D) student and (B, D) teacher embeddings to the loss; see :func:`rsd_loss`."""
+        return rsd_loss(
+            student,
+            teacher,
+            kappa=self.kappa,
+            eps=self.eps,
+            reduction=self.reduction,
+            gather_distributed=self.gather_distributed,
+            process_group=self.process_group,
+            implementation=self.implementation,
+            return_terms=self.return_terms,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as repr shows them."""
+        shown = ("kappa", "eps", "reduction", "gather_distributed", "implementation", "return_terms")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+
+class DecouplingProjector(nn.Module):
+    """Maps student embeddings to the teacher's width, and keeps the objective off the student's own features.
+
+    Linear -> BatchNorm1d -> GELU -> Linear, both Linear layers without bias: the paper's architecture-agnostic
+    decoupling. Train it with the student (give the optimizer its parameters too) and drop it afterwards.
+
+    Args:
+        in_features: Width of the student's embedding.
+        out_features: Width of the teacher's embedding.
+        expansion: The hidden width is ``expansion * in_features``; the paper's value is 2.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Shape:
+        Input (B, in_features), output (B, out_features). B >= 2 in training mode, as for any BatchNorm1d.
+
+    Raises:
+        TypeError: A width or the expansion is not an int.
+        ValueError: A width or the expansion is less than 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        expansion: int = 2,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("out_features", out_features), ("expansion", expansion)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.in_features = in_features
+        self.out_features = out_features
+        hidden = expansion * in_features
+        self.expand = nn.Linear(in_features, hidden, bias=False, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm1d(hidden, device=device, dtype=dtype)
+        self.activation = nn.GELU()
+        self.project = nn.Linear(hidden, out_features, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal weights (std 0.02), and BatchNorm as new."""
+        nn.init.trunc_normal_(self.expand.weight, std=0.02)
+        nn.init.trunc_normal_(self.project.weight, std=0.02)
+        self.norm.reset_parameters()
+
+    def forward(self, student: Tensor) -> Tensor:
+        """(B, in_features) to (B, out_features)."""
+        if student.ndim != 2 or student.shape[1] != self.in_features:
+            raise ValueError(
+                f"student must be (batch, {self.in_features}), got shape {tuple(student.shape)}: "
+                "pool maps and tokens with rsd_loss.features.pool, and give in_features the embedding's width"
+            )
+        if self.training and student.shape[0] < 2:
+            raise ValueError(
+                f"student must have at least 2 rows in training mode, got {student.shape[0]}: "
+                "skip the batch, or set drop_last=True in the DataLoader"
+            )
+        x: Tensor = self.project(self.activation(self.norm(self.expand(student))))
+        return x
