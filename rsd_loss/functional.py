@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from rsd_loss import reference
+from rsd_loss import _fused, reference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -128,7 +128,8 @@ def rsd_loss(
             f"student has {student.shape[1]} features and teacher {teacher.shape[1]}: "
             f"project the student with DecouplingProjector({student.shape[1]}, {teacher.shape[1]})"
         )
-    losses, d, q = reference.feature_losses(student, teacher, kappa, eps)
+    feature_losses = reference.feature_losses if implementation == "reference" else _fused.feature_losses
+    losses, d, q = feature_losses(student, teacher, kappa, eps)
     loss = _reduce(losses, reduction)
     if not return_terms:
         return loss

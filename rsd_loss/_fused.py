@@ -1,0 +1,244 @@
+"""The loss and its gradient through the smaller of two products, in plain torch.
+
+With Z the centred columns over their norm (plus eps * sqrt(B)), the cross-correlation is P = Zt' Zs, and two vectors
+carry the whole loss: d_j = P_jj and q_j = sum_i P_ij^2. They and the gradient follow from Zt Zt' Zs, which can be
+multiplied in either order:
+
+    wide, B < D:   K = Zt Zt' (B, B),  N = K Zs,   d = colsum(Zt o Zs),  q = colsum(N o Zs)
+    tall, D <= B:  P = Zt' Zs (D, D),              d = diag P,           q = colsum(P o P)
+
+    loss_j = (d_j - 1)^2 + kappa (q_j - d_j^2)
+    dL/dZs = 2 kappa N + 2 w o Zt = Zt (2 kappa P + 2 diag w),   w = (1 - kappa) d - 1
+
+and through the standardisation, with n the norms and r = 1 / (n + eps sqrt(B)),
+
+    dL/dX = r o dL/dZ - colsum(dL/dZ o Z) / n o Z
+
+in which the student's column sum is 2 (kappa q + w d). Centred columns sum to zero, so nothing flows through the mean.
+
+Statistics and vectors are float32 (float64 for float64 input). The products run in the input or the autocast dtype; a
+column of Z has at most unit length, so that nothing overflows float16.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# How many rows of a tall input are worked on at a time on a CPU: few enough for the temporaries to stay in cache
+# (page faults of large fresh tensors cost more than the arithmetic on them), enough for the matmul to run at its peak.
+_BLOCK_ROWS = 512
+
+
+class _Columns(NamedTuple):
+    """What it took to standardise one side, each (D,), in the dtype of the statistics."""
+
+    mean: Tensor
+    norm: Tensor  # n, of the centred columns
+    scale: Tensor  # r = 1 / (n + eps sqrt(B))
+
+
+def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as reference.feature_losses."""
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        out: tuple[Tensor, Tensor, Tensor] = _FeatureLosses.apply(student, teacher, kappa, eps)
+        return out
+    # The value alone needs no N, only q: 2 B D^2 operations against 4 B^2 D.
+    if student.shape[1] <= 2 * student.shape[0]:
+        p, _, _ = _correlation(student, teacher, eps)
+        d, q = p.diagonal(), p.square().sum(dim=0)
+    else:
+        z_s, z_t, _, _ = _standardise_both(student, teacher, eps)
+        n = torch.mm(torch.mm(z_t, z_t.T), z_s)
+        d, q = _column_dot(z_t, z_s), _column_dot(n, z_s)
+    return _losses(d, q, kappa), d, q
+
+
+class _FeatureLosses(torch.autograd.Function):
+    """Saves N for wide inputs and A = 2 kappa P + 2 diag w for tall ones, neither yet scaled by the upstream."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kappa: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.tall, ctx.kappa = student.shape[1] <= student.shape[0], kappa
+        if ctx.tall:
+            p, columns_s, columns_t = _correlation(student, teacher, eps)
+            d, q = p.diagonal().clone(), p.square().sum(dim=0)
+        else:
+            z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps)
+            n = torch.mm(torch.mm(z_t, z_t.T), z_s)
+            d, q = _column_dot(z_t, z_s), _column_dot(n, z_s)
+        w = (1 - kappa) * d - 1
+        # colsum(dL/dZs o Zs) / n. A dead feature has z = d = q = 0, and so any finite quotient will do.
+        pull = 2 * (kappa * q + w * d) / columns_s.norm.clamp_min(torch.finfo(d.dtype).tiny)
+        if ctx.tall:
+            a = (2 * kappa) * p
+            a.diagonal().add_(2 * w)
+            products = [a.to(_product_dtype(student, teacher))]
+        else:
+            products = [n, z_t, z_s, w]
+        ctx.save_for_backward(student, teacher, *columns_s, *columns_t, pull, *products)
+        ctx.mark_non_differentiable(d, q)
+        return _losses(d, q, kappa), d, q
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher = ctx.saved_tensors[:2]
+        gradients = _tall_gradients if ctx.tall else _wide_gradients
+        # The autocast of the forward is in the saved dtypes; that around backward(), if any, must change nothing.
+        with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+            grads = gradients(ctx, upstream[0])
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = [None if grad is None else _Once.apply(grad, upstream[0], student, teacher) for grad in grads]
+        return *grads, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "the fast implementations of rsd_loss have no second derivative: "
+            'pass implementation="reference" where double backward is needed'
+        )
+
+
+def _wide_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
+    student, teacher, *saved, pull, n, z_t, z_s, w = ctx.saved_tensors
+    columns_s, columns_t = _Columns(*saved[:3]), _Columns(*saved[3:])
+    grads: list[Tensor | None] = [None, None]
+    if ctx.needs_input_grad[0]:
+        if n.dtype == u.dtype:
+            ur = u * columns_s.scale
+            grad = n * (2 * ctx.kappa * ur)
+            grad.addcmul_(z_t, 2 * w * ur).addcmul_(z_s, -pull * u)
+        else:
+            grad = n * (2 * ctx.kappa * u) + z_t * (2 * w * u)
+            grad = _through_standardisation(grad, _apply(columns_s, student), columns_s)
+        grads[0] = grad.to(student.dtype)
+    if ctx.needs_input_grad[1]:
+        # Here u stands inside the product. It may be a gradient scaler's 65536, which is not for half precision.
+        z_s, z_t = z_s.to(u.dtype), _apply(columns_t, teacher)
+        grad = 2 * ctx.kappa * torch.mm(torch.mm(z_s * u, z_s.T), z_t) + z_s * (2 * w * u)
+        grads[1] = _through_standardisation(grad, z_t, columns_t).to(teacher.dtype)
+    return grads
+
+
+def _tall_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
+    student, teacher, *saved, pull, a = ctx.saved_tensors
+    columns_s, columns_t = _Columns(*saved[:3]), _Columns(*saved[3:])
+    grads: list[Tensor | None] = [None, None]
+    if ctx.needs_input_grad[0]:
+        if a.dtype == u.dtype:
+            ur = u * columns_s.scale
+            pull = -pull * ur
+            # One block writes into the gradient in turn; see _BLOCK_ROWS.
+            grad = torch.empty_like(student, dtype=u.dtype)
+            for rows in _blocks(student, teacher):
+                torch.mul(torch.mm(_apply(columns_t, teacher[rows]), a), ur, out=grad[rows])
+                grad[rows].addcmul_(student[rows] - columns_s.mean, pull)
+        else:
+            grad = torch.mm(_apply(columns_t, teacher).to(a.dtype), a) * u
+            grad = _through_standardisation(grad, _apply(columns_s, student), columns_s)
+        grads[0] = grad.to(student.dtype)
+    if ctx.needs_input_grad[1]:
+        grad = torch.mm(_apply(columns_s, student), (a * u).T)
+        grads[1] = _through_standardisation(grad, _apply(columns_t, teacher), columns_t).to(teacher.dtype)
+    return grads
+
+
+def _through_standardisation(grad: Tensor, z: Tensor, columns: _Columns) -> Tensor:
+    """dL/dX from dL/dZ."""
+    pull = _column_dot(grad, z) / columns.norm.clamp_min(torch.finfo(grad.dtype).tiny)
+    return grad * columns.scale - z * pull
+
+
+def _losses(d: Tensor, q: Tensor, kappa: float) -> Tensor:
+    return (d - 1).square() + kappa * (q - d.square())
+
+
+def _correlation(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, _Columns, _Columns]:
+    """P (D_teacher, D_student) in the dtype of the statistics."""
+    if not _streams(student, teacher):
+        z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps)
+        p = torch.mm(z_t.T, z_s)
+        return p.to(columns_s.mean.dtype), columns_s, columns_t
+    # One pass: each block is centred on its own mean, and what the means differ by is added at the end (Chan, Golub
+    # and LeVeque). Every term is a sum of products of centred values, so that nothing cancels.
+    p = student.new_zeros(teacher.shape[1], student.shape[1])
+    blocks = _blocks(student, teacher)
+    sides = [(x, x.new_empty(len(blocks), x.shape[1]), x.new_zeros(x.shape[1])) for x in (student, teacher)]
+    for i, rows in enumerate(blocks):
+        centred = []
+        for x, means, squares in sides:
+            torch.mean(x[rows], dim=0, out=means[i])
+            centred.append(x[rows] - means[i])
+            squares += _column_dot(centred[-1], centred[-1])
+        p.addmm_(centred[1].T, centred[0])
+    sizes = student.new_tensor([rows.stop - rows.start for rows in blocks]).unsqueeze(1)
+    columns = []
+    between = []
+    for x, means, squares in sides:
+        mean = (sizes * means).sum(dim=0) / x.shape[0]
+        between.append(sizes.sqrt() * (means - mean))
+        columns.append(_columns(mean, squares + _column_dot(between[-1], between[-1]), x.shape[0], eps))
+    p.addmm_(between[1].T, between[0]).mul_(columns[1].scale.unsqueeze(1)).mul_(columns[0].scale)
+    return p, columns[0], columns[1]
+
+
+def _standardise_both(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, _Columns, _Columns]:
+    """Both Z (B, D) in the dtype of the products."""
+    statistics = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    products = _product_dtype(student, teacher)
+    z, columns = [], []
+    for x in (student, teacher):
+        x = x.to(statistics)
+        mean = x.mean(dim=0)
+        centred = x - mean
+        columns.append(_columns(mean, _column_dot(centred, centred), x.shape[0], eps))
+        z.append(centred.mul_(columns[-1].scale).to(products))
+    return z[0], z[1], columns[0], columns[1]
+
+
+def _columns(mean: Tensor, squares: Tensor, rows: int, eps: float) -> _Columns:
+    norm = squares.sqrt()
+    return _Columns(mean, norm, (norm + eps * rows**0.5).reciprocal())
+
+
+def _apply(columns: _Columns, x: Tensor) -> Tensor:
+    return (x - columns.mean).mul_(columns.scale)
+
+
+def _column_dot(a: Tensor, b: Tensor) -> Tensor:
+    """colsum(a o b), in at least float32."""
+    return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(dim=0)
+
+
+def _product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    device = student.device.type
+    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _streams(student: Tensor, teacher: Tensor) -> bool:
+    """Whether tall inputs go block by block: on a CPU, in full precision, unless a compiler sees to the passes."""
+    return (
+        not torch.compiler.is_compiling()
+        and student.device.type == "cpu"
+        and student.shape[0] > _BLOCK_ROWS
+        and student.dtype == teacher.dtype == _product_dtype(student, teacher)
+        and student.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _blocks(student: Tensor, teacher: Tensor) -> list[slice]:
+    if not _streams(student, teacher):
+        return [slice(None)]
+    rows = student.shape[0]
+    return [slice(start, min(start + _BLOCK_ROWS, rows)) for start in range(0, rows, _BLOCK_ROWS)]
