@@ -33,7 +33,7 @@ _BLOCK_ROWS = 512
 class _Columns(NamedTuple):
     """What it took to standardise one side, each (D,), in the dtype of the statistics."""
 
-    mean: Tensor
+    mean: Tensor  # of the differences to the first row: an offset of 1e4 would leave a rounded mean few digits
     norm: Tensor  # n, of the centred columns
     scale: Tensor  # r = 1 / (n + eps sqrt(B))
 
@@ -134,13 +134,7 @@ def _tall_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
     grads: list[Tensor | None] = [None, None]
     if ctx.needs_input_grad[0]:
         if a.dtype == u.dtype:
-            ur = u * columns_s.scale
-            pull = -pull * ur
-            # One block writes into the gradient in turn; see _BLOCK_ROWS.
-            grad = torch.empty_like(student, dtype=u.dtype)
-            for rows in _blocks(student, teacher):
-                torch.mul(torch.mm(_apply(columns_t, teacher[rows]), a), ur, out=grad[rows])
-                grad[rows].addcmul_(student[rows] - columns_s.mean, pull)
+            grad = _tall_student_gradient(student, teacher, columns_s, columns_t, pull, a, u)
         else:
             grad = torch.mm(_apply(columns_t, teacher).to(a.dtype), a) * u
             grad = _through_standardisation(grad, _apply(columns_s, student), columns_s)
@@ -149,6 +143,29 @@ def _tall_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
         grad = torch.mm(_apply(columns_s, student), (a * u).T)
         grads[1] = _through_standardisation(grad, _apply(columns_t, teacher), columns_t).to(teacher.dtype)
     return grads
+
+
+def _tall_student_gradient(
+    student: Tensor, teacher: Tensor, columns_s: _Columns, columns_t: _Columns, pull: Tensor, a: Tensor, u: Tensor
+) -> Tensor:
+    """The product Zt A and its way through the standardisation: by blocks, in few passes, all scales in vectors."""
+    ur = u * columns_s.scale
+    pull = -pull * ur
+    a = a * columns_t.scale.unsqueeze(1)
+    mean_s, rest_s = _rounded_mean(student, columns_s)
+    mean_t, rest_t = _rounded_mean(teacher, columns_t)
+    rest = -ur * (rest_t @ a) - pull * rest_s
+    grad = torch.empty_like(student, dtype=u.dtype)
+    for rows in _blocks(student, teacher):
+        torch.addcmul(rest, torch.mm(teacher[rows] - mean_t, a), ur, out=grad[rows])
+        grad[rows].addcmul_(student[rows] - mean_s, pull)
+    return grad
+
+
+def _rounded_mean(x: Tensor, columns: _Columns) -> tuple[Tensor, Tensor]:
+    """The mean itself, and what rounding it left over."""
+    mean = x[0] + columns.mean
+    return mean, columns.mean - (mean - x[0])
 
 
 def _through_standardisation(grad: Tensor, z: Tensor, columns: _Columns) -> Tensor:
@@ -175,8 +192,9 @@ def _correlation(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, 
     for i, rows in enumerate(blocks):
         centred = []
         for x, means, squares in sides:
-            torch.mean(x[rows], dim=0, out=means[i])
-            centred.append(x[rows] - means[i])
+            centred.append(x[rows] - x[0])
+            torch.mean(centred[-1], dim=0, out=means[i])
+            centred[-1] -= means[i]
             squares += _column_dot(centred[-1], centred[-1])
         p.addmm_(centred[1].T, centred[0])
     sizes = student.new_tensor([rows.stop - rows.start for rows in blocks]).unsqueeze(1)
@@ -197,8 +215,9 @@ def _standardise_both(student: Tensor, teacher: Tensor, eps: float) -> tuple[Ten
     z, columns = [], []
     for x in (student, teacher):
         x = x.to(statistics)
-        mean = x.mean(dim=0)
-        centred = x - mean
+        centred = x - x[0]
+        mean = centred.mean(dim=0)
+        centred -= mean
         columns.append(_columns(mean, _column_dot(centred, centred), x.shape[0], eps))
         z.append(centred.mul_(columns[-1].scale).to(products))
     return z[0], z[1], columns[0], columns[1]
@@ -210,7 +229,8 @@ def _columns(mean: Tensor, squares: Tensor, rows: int, eps: float) -> _Columns:
 
 
 def _apply(columns: _Columns, x: Tensor) -> Tensor:
-    return (x - columns.mean).mul_(columns.scale)
+    x = x.to(columns.mean.dtype)
+    return (x - x[0]).sub_(columns.mean).mul_(columns.scale)
 
 
 def _column_dot(a: Tensor, b: Tensor) -> Tensor:

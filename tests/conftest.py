@@ -1,0 +1,62 @@
+"""Shared data, and the loss under test in each of its implementations, eager and compiled."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch._functorch.config
+
+import rsd_loss
+
+DATA = Path(__file__).parent / "data"
+IMPLEMENTATIONS = ("reference", "fused")  # triton has a process of its own, for its interpreter
+
+# The compiled loss is one function that every test calls with shapes, dtypes and settings of its own.
+torch._dynamo.config.recompile_limit = 256
+torch._dynamo.config.accumulated_recompile_limit = 4096
+# A compiled backward frees what it saved, unless told that tests call it twice.
+torch._functorch.config.donated_buffer = False
+
+
+@functools.cache
+def compiled_loss():
+    return torch.compile(rsd_loss.rsd_loss, fullgraph=True, dynamic=True)
+
+
+@pytest.fixture(params=[*IMPLEMENTATIONS, *(f"{name}-compiled" for name in IMPLEMENTATIONS)])
+def loss(request):
+    """rsd_loss with the implementation fixed, called as it is or compiled."""
+    name, _, compiled = request.param.partition("-")
+    return functools.partial(compiled_loss() if compiled else rsd_loss.rsd_loss, implementation=name)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    return request.param
+
+
+def golden():
+    """The published code's numbers in float64: name -> dict of student, teacher, kappa, loss, grad_student, ..."""
+    cases = {}
+    with np.load(DATA / "rsd_official_float64.npz") as data:
+        for key in data.files:
+            name, field = key.split("/")
+            cases.setdefault(name, {})[field] = torch.as_tensor(data[key])
+    return cases
+
+
+def pair(rows, features, dtype=torch.float64, seed=0):
+    """A student and a teacher that are correlated, shifted and of unequal scale."""
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(rows, features, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(rows, features, generator=generator, dtype=torch.float64) + 0.5 * student
+    scale = torch.rand(features, generator=generator, dtype=torch.float64) + 0.5
+    return (student * scale + 1).to(dtype), (2 * teacher * scale - 3).to(dtype)
+
+
+def upstream(shape, dtype, seed=1):
+    """A random gradient to pull back: ones would hide a factor lost or a sum taken twice."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
