@@ -20,6 +20,7 @@ Statistics and vectors are float32 (float64 for float64 input). The products run
 column of Z has at most unit length, so that nothing overflows float16.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,8 @@ class _FeatureLosses(torch.autograd.Function):
         student, teacher = ctx.saved_tensors[:2]
         gradients = _tall_gradients if ctx.tall else _wide_gradients
         # The autocast of the forward is in the saved dtypes; that around backward(), if any, must change nothing.
-        with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        device = student.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
             grads = gradients(ctx, upstream[0])
         if torch.is_grad_enabled():  # create_graph=True
             grads = [None if grad is None else _Once.apply(grad, upstream[0], student, teacher) for grad in grads]
@@ -241,9 +243,12 @@ def _column_dot(a: Tensor, b: Tensor) -> Tensor:
 def _product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     device = student.device.type
-    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return dtype
+    # As for any matmul under autocast, float64 stays as it is.
+    return torch.get_autocast_dtype(device) if _autocasts(device) and dtype != torch.float64 else dtype
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _streams(student: Tensor, teacher: Tensor) -> bool:
