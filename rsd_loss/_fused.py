@@ -156,7 +156,7 @@ def _tall_student_gradient(
     a = a * columns_t.scale.unsqueeze(1)
     mean_s, rest_s = _rounded_mean(student, columns_s)
     mean_t, rest_t = _rounded_mean(teacher, columns_t)
-    rest = -ur * (rest_t @ a) - pull * rest_s
+    rest = -ur * torch.mv(a.T, rest_t) - pull * rest_s
     grad = torch.empty_like(student, dtype=u.dtype)
     for rows in _blocks(student, teacher):
         torch.addcmul(rest, torch.mm(teacher[rows] - mean_t, a), ur, out=grad[rows])

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 Reduction = Literal["sum", "mean", "none"]
 Implementation = Literal["auto", "fused", "triton", "reference"]
+
+# (student, teacher, kappa, eps) to (D,) losses, P_jj and sum_i P_ij^2; only the losses carry a gradient.
+FeatureLosses = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]
 
 _REDUCTIONS = ("sum", "mean", "none")
 _IMPLEMENTATIONS = ("auto", "fused", "triton", "reference")
@@ -120,6 +124,7 @@ def rsd_loss(
     Raises:
         TypeError: An embedding is not a floating-point tensor, or kappa or eps not a number.
         ValueError: Shapes, devices, ranges or names do not fit; the message says which and what to do.
+        RuntimeError: The implementation named cannot run here; the message says why.
     """
     check_settings(kappa, eps, reduction, implementation)
     _check_embeddings(student, teacher)
@@ -128,8 +133,7 @@ def rsd_loss(
             f"student has {student.shape[1]} features and teacher {teacher.shape[1]}: "
             f"project the student with DecouplingProjector({student.shape[1]}, {teacher.shape[1]})"
         )
-    feature_losses = reference.feature_losses if implementation == "reference" else _fused.feature_losses
-    losses, d, q = feature_losses(student, teacher, kappa, eps)
+    losses, d, q = _backend(implementation, student, teacher)(student, teacher, kappa, eps)
     loss = _reduce(losses, reduction)
     if not return_terms:
         return loss
@@ -178,6 +182,19 @@ def check_settings(kappa: float, eps: float, reduction: str, implementation: str
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def _backend(implementation: Implementation, student: Tensor, teacher: Tensor) -> FeatureLosses:
+    if implementation == "reference":
+        return reference.feature_losses
+    if implementation == "triton":
+        from rsd_loss import _triton  # on use only: importing Triton takes long, and it need not be there
+
+        if reason := _triton.unavailable(student, teacher):
+            raise RuntimeError(f'implementation="triton" cannot run here: {reason}')
+        return _triton.feature_losses
+    # "auto" will pick the kernels on CUDA once they have won their benchmark on a real GPU.
+    return _fused.feature_losses
 
 
 def _check_non_negative(name: str, value: float) -> None:

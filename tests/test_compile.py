@@ -1,0 +1,45 @@
+"""One graph under torch.compile, few recompilations, for every implementation."""
+
+import pytest
+import torch
+from conftest import IMPLEMENTATIONS, pair, upstream
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from rsd_loss import RSDLoss
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("features", [24, 1])
+def test_changing_batch_sizes(implementation, features):
+    """A run's batches, its smaller last ones and other sizes: a graph for wide and one for tall serve them all."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    module = RSDLoss(implementation=implementation, return_terms=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (16, 10, 7, 64, 25, 999, 16, 1500):
+        student, teacher = pair(rows, features, torch.float32)
+        student.requires_grad_()
+        (got, got_terms), (want, want_terms) = (f(student, teacher) for f in (compiled, module))
+        torch.testing.assert_close([got, *got_terms], [want, *want_terms], rtol=1e-4, atol=1e-5)
+        u = upstream((), torch.float32)
+        grads = [torch.autograd.grad(x, student, u)[0] for x in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5 * grads[1].abs().max().item())
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_static_shapes_autocast_and_teacher_gradients(implementation, shape):
+    torch._dynamo.reset()
+    module = RSDLoss(implementation=implementation, reduction="none")
+    compiled = torch.compile(module, fullgraph=True, dynamic=False)
+    student, teacher = (x.requires_grad_() for x in pair(*shape, torch.float32))
+    for enabled in (False, True):
+        results = []
+        for f in (compiled, module):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                value = f(student, teacher)
+            results.append([value, *torch.autograd.grad(value, (student, teacher), upstream(value.shape, value.dtype))])
+        # bfloat16 has 8 bits, and a compiler may keep more of an intermediate than eager does.
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=(3e-2 if enabled else 1e-5) * want.abs().max().item())
