@@ -54,8 +54,8 @@ def unavailable(*embeddings: Tensor) -> str | None:
 def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Per-feature losses, P_jj and sum_i P_ij^2, as :func:`rsd_loss.reference.feature_losses`, in float32.
 
-    Keeps until backward both standardised embeddings and P, or M if D exceeds B, in the dtype of the products: the
-    autocast dtype, else that of the embeddings.
+    Keeps until backward the embeddings and, in the dtype of the products (that of autocast, else of the embeddings),
+    both standardised and P, or M if D exceeds B.
 
     Args:
         student: (B, D) embeddings of any strides; float16, bfloat16 or float32; B >= 2 and D >= 1.
@@ -89,15 +89,15 @@ class _FeatureLosses(torch.autograd.Function):
         if not torch.compiler.is_compiling():  # spares two launches that fill zeros; the compiler drops them unasked
             ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(d, q)
-        ctx.save_for_backward(d, q, z, stats, product)
-        ctx.kappa, ctx.tall, ctx.dtypes = kappa, tall, (student.dtype, teacher.dtype)
+        ctx.save_for_backward(student, teacher, d, q, z, stats, product)
+        ctx.kappa, ctx.tall = kappa, tall
         return losses, d, q
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None, None
-        d, q, z, stats, product = ctx.saved_tensors
+        student, teacher, d, q, z, stats, product = ctx.saved_tensors
         grads: list[Tensor | None] = [None, None]
         # The products keep the dtype that forward gave them, whatever autocast is around backward().
         device = z.device.type
@@ -105,14 +105,14 @@ class _FeatureLosses(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 m = torch.mm(z[1], product) if ctx.tall else product
                 _, batch, features = z.shape
-                grads[0] = torch.empty((batch, features), dtype=ctx.dtypes[0], device=z.device)
+                grads[0] = torch.empty((batch, features), dtype=student.dtype, device=z.device)
                 args = (upstream, upstream.stride(0), m, d, q, z, stats, grads[0], batch, features, ctx.kappa)
                 grid = (-(-batch // _BLOCK_R) * -(-features // _BLOCK_C),)
                 _gradient[grid](*args, block_r=_BLOCK_R, block_c=_BLOCK_C)
             if ctx.needs_input_grad[1]:
-                grads[1] = _teacher_gradient(upstream, product, d, z, stats, ctx.kappa, ctx.dtypes[1], ctx.tall)
+                grads[1] = _teacher_gradient(upstream, product, d, z, stats, ctx.kappa, teacher.dtype, ctx.tall)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grads = [None if g is None else _Once.apply(g.requires_grad_()) for g in grads]
+            grads = [None if g is None else _Once.apply(g, upstream, student, teacher) for g in grads]
         return grads[0], grads[1], None, None, None
 
 

@@ -30,7 +30,7 @@ def test_measures_of_a_known_step():
     def step():
         return torch.autograd.grad((a @ b).relu().sum(), a)
 
-    # The product and its relu, which backward keeps; after the product's gradient come those of relu and of a.
+    # Forward holds the product and its relu at a time, backward the relu and the gradient before it.
     product = 256 * 512 * 4
     peak = measure.peak_bytes(step, cpu)
     assert 2 * product <= peak <= 2 * product + 4096, peak
@@ -92,7 +92,7 @@ def test_a_contestant_that_fails_is_reported(monkeypatch):
 
         return loss
 
-    rows = [throughput.Row(name, False, 4, 4, "float32", "", "value", 1.0) for name in ("naive", "fused")]
+    rows = [throughput.Row(name, False, 4, 4, "float32", "", "value") for name in ("naive", "fused")]
     monkeypatch.setattr(rivals, "build", build)
     throughput.run_case(rows, torch.device("cpu"), 1, 1e-3, lambda: None)
     assert [row.status for row in rows] == ["out of memory", "ok"]

@@ -1,0 +1,104 @@
+"""What is measured of one step: time, memory, operations; and the machine's own rates, which set the limit."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
+
+Step = Callable[[], Any]
+
+
+def timer(step: Step) -> Timer:
+    # Timer's own default is a single thread, and torch.compile starts over whenever the number of threads changes.
+    return Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Most bytes held at a time during the step: what it returns included, its inputs not."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in _trace(step, device) if event["name"] == "[memory]"]
+    return max(accumulate(change for _, change in sorted(changes)), default=0)
+
+
+def operations(step: Step, device: torch.device, compiled: bool) -> int | None:
+    """Kernels launched on CUDA; elsewhere operations dispatched, which compiled code does not do (None)."""
+    if device.type == "cuda":
+        return sum(event.get("cat") == "kernel" for event in _trace(step, device))
+    if compiled:
+        return None
+    with _CountOperations() as mode:
+        step()
+    return mode.count
+
+
+class _CountOperations(TorchDispatchMode):
+    """Views, and allocations without a fill, are left out: they launch nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and "empty" not in func.name() and "_unsafe_view" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def _trace(step: Step, device: torch.device) -> list[dict[str, Any]]:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities, profile_memory=True) as profiler:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())["traceEvents"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does at its best."""
+
+    matmul: float  # floating-point operations per second
+    copy: float  # bytes per second, those read plus those written
+
+    def best(self, other: "Rates") -> "Rates":
+        return Rates(max(self.matmul, other.matmul), max(self.copy, other.copy))
+
+    def limit(self, rows: int, features: int, mode: str, itemsize: int) -> float:
+        """Seconds that the arithmetic or the memory traffic takes at these rates, whichever is longer."""
+        if mode == "value_and_grad":  # both inputs are read and the gradient is written
+            work, passes = 4 * rows * features * min(rows, features), 3
+        else:
+            work, passes = min(2 * rows * features**2, 4 * rows**2 * features), 2
+        return max(work / self.matmul, passes * rows * features * itemsize / self.copy)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The best rates of a product in `dtype`, and of a copy too large for any cache."""
+
+    def fastest(step: Step) -> float:
+        return min(timer(step).timeit(2).mean for _ in range(3))
+
+    matmul = 0.0
+    for size in (256, 512, 1024, 2048, 4096, 8192):
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        # Half precision on a CPU without instructions for it depends on which operand is transposed.
+        seconds = min(fastest(partial(torch.mm, *pair)) for pair in ((a, b), (a.T, b), (a, b.T)))
+        matmul = max(matmul, 2 * size**3 / seconds)
+        if seconds > 0.01:
+            break
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**25, device=device)
+    return Rates(matmul, 2 * source.nbytes / fastest(partial(torch.empty_like(source).copy_, source)))

@@ -1,0 +1,192 @@
+"""What becomes of the measurements: CSV, plots, and the README's table."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rivals import RIVALS
+
+
+@dataclass
+class Row:
+    """One contestant at one shape in one mode: a line of the CSV."""
+
+    contestant: str
+    compiled: bool
+    rows: int
+    features: int
+    dtype: str
+    autocast: str
+    mode: str
+    median_ms: float | None = None
+    iqr_ms: float | None = None
+    limit_ms: float = 0.0
+    peak_bytes: int | None = None
+    operations: int | None = None
+    status: str = "ok"
+    matmul_gflops: float = 0.0  # per second, the best of this run
+    copy_gbytes: float = 0.0  # per second, read plus written
+    device: str = ""
+    torch: str = ""
+    threads: int = 0
+    date: str = ""
+    commit: str = ""
+    command: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.features
+
+    @property
+    def label(self) -> str:
+        return f"{self.contestant} + compile" if self.compiled else self.contestant
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        for row in rows:
+            values = asdict(row).items()
+            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values})
+
+
+def read_csv(path: Path) -> list[Row]:
+    def parse(kind: object, text: str) -> object:
+        if kind is str:
+            return text
+        if kind is bool:
+            return text == "True"
+        return (int if kind in (int, int | None) else float)(text) if text else None
+
+    with path.open(newline="") as file:
+        return [Row(**{f.name: parse(f.type, line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
+
+
+def _best(rows: Iterable[Row], compiled: bool, names: Iterable[str]) -> Row | None:
+    timed = [row for row in rows if row.median_ms and row.compiled == compiled and row.contestant in names]
+    return min(timed, key=lambda row: row.median_ms or 0, default=None)
+
+
+def markdown(rows: list[Row]) -> str:
+    """The README's table, of the value with the student's gradient, and a line that says where it comes from."""
+    rows = [row for row in rows if row.mode == "value_and_grad"]
+    lines = [
+        "| rows x features | naive, ms | best rival, ms | fused, ms | over naive | over best rival "
+        "| compiled, over best compiled rival | peak MB, naive / fused |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def short(value: float | None, unit: str = "") -> str:
+        return f"{float(f'{value:.3g}'):g}{unit}" if value else "-"
+
+    def ratio(slow: Row | None, fast: Row | None) -> str:
+        return short(slow.median_ms / fast.median_ms, "x") if slow and fast else "-"
+
+    def with_name(text: str, row: Row | None) -> str:
+        return f"{text} ({row.contestant})" if row else text
+
+    for shape in dict.fromkeys(row.shape for row in rows):
+        case = [row for row in rows if row.shape == shape]
+        naive, rival, fused = (_best(case, False, names) for names in (["naive"], RIVALS, ["fused"]))
+        compiled_rival, compiled_fused = (_best(case, True, names) for names in (RIVALS, ["fused"]))
+        cells = (
+            f"{shape[0]} x {shape[1]}",
+            short(naive and naive.median_ms),
+            with_name(short(rival and rival.median_ms), rival),
+            short(fused and fused.median_ms),
+            ratio(naive, fused),
+            ratio(rival, fused),
+            with_name(ratio(compiled_rival, compiled_fused), compiled_rival),
+            " / ".join(short(row and (row.peak_bytes or 0) / 1e6) for row in (naive, fused)),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    first = rows[0]
+    dtype = f"{first.dtype} under autocast to {first.autocast}" if first.autocast else first.dtype
+    lines += [
+        "",
+        f"Value and student's gradient, {dtype}; medians. lightly is its BarlowTwinsLoss, a peer in cost.",
+        f"{first.device}; torch {first.torch}; {first.date}; commit {first.commit}; `{first.command}`",
+    ]
+    return "\n".join(lines)
+
+
+_COLOURS = {"naive": "C7", "reference": "C0", "lightly": "C2", "fused": "C3", "triton": "C4"}
+
+
+def plot(rows: list[Row], folder: Path) -> None:
+    """Writes speedup.png and width.png into the folder; both show the value with the student's gradient."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in rows if row.mode == "value_and_grad" and row.median_ms]
+    if not any(row.label == "naive" for row in rows):
+        raise SystemExit("nothing to plot: it takes naive's value_and_grad to compare with")
+    _plot_speedup(rows, folder / "speedup.png")
+    _plot_width(rows, folder / "width.png")
+
+
+def _styled(rows: list[Row]) -> Iterator[tuple[list[Row], dict[str, Any]]]:
+    """The rows of each contestant, eager ones first, with the keywords to draw them."""
+    for compiled, name in product((False, True), _COLOURS):
+        group = [row for row in rows if row.compiled == compiled and row.contestant == name]
+        shape = {"marker": "D", "markerfacecolor": "white", "linestyle": "--"} if compiled else {"marker": "o"}
+        if group:
+            yield group, {"label": group[0].label, "color": _COLOURS[name], **shape}
+
+
+def _plot_speedup(rows: list[Row], path: Path) -> None:
+    """Against the eager naive loss, shape by shape; contestants that run compiled stand to the right."""
+    import matplotlib.pyplot as plt
+
+    naive = {row.shape: row.median_ms for row in rows if row.label == "naive"}
+    place = {shape: i for i, shape in enumerate(naive)}
+    rows = [row for row in rows if row.shape in naive]
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    for group, style in _styled(rows):
+        shift = 0.15 if group[0].compiled else -0.15
+        x = [place[row.shape] + shift for row in group]
+        axes.plot(x, [naive[row.shape] / row.median_ms for row in group], **{**style, "linestyle": ""})
+    limits = {place[row.shape]: naive[row.shape] / row.limit_ms for row in rows}
+    left, right = [i - 0.35 for i in limits], [i + 0.35 for i in limits]
+    axes.hlines(list(limits.values()), left, right, color="black", label="limit of the machine")
+    axes.set(yscale="log", xlabel="rows x features", ylabel="speed-up over naive (eager)")
+    axes.set_xticks(range(len(naive)), [f"{rows}\nx {features}" for rows, features in naive])
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title(f"Value and gradient, {rows[0].dtype}, {rows[0].device}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _plot_width(rows: list[Row], path: Path) -> None:
+    """Time and memory against D, at the batch size measured at the most widths."""
+    import matplotlib.pyplot as plt
+
+    batch = Counter(rows for rows, _ in {row.shape for row in rows}).most_common(1)[0][0]
+    rows = sorted((row for row in rows if row.rows == batch), key=lambda row: row.features)
+    widths = sorted({row.features for row in rows})
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    for group, style in _styled(rows):
+        x = [row.features for row in group]
+        time.plot(x, [row.median_ms for row in group], **style)
+        memory.plot(x, [(row.peak_bytes or 0) / 1e6 for row in group], **style)
+    limits = {row.features: row.limit_ms for row in rows}
+    time.plot(widths, [limits[width] for width in widths], "k:", label="limit")
+    gradient = [batch * width * getattr(torch, rows[0].dtype).itemsize / 1e6 for width in widths]
+    memory.plot(widths, gradient, "k:", label="limit (time), the gradient alone (memory)")
+    for axes, title in ((time, "median time, ms"), (memory, "peak memory beyond the inputs, MB")):
+        axes.set(xscale="log", yscale="log", xlabel="features D", title=title)
+        axes.set_xticks(widths, [str(width) for width in widths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.suptitle(f"Value and gradient at batch {batch}, {rows[0].dtype}, {rows[0].device}", fontsize=10)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,52 @@
+"""The contestants: ways to compute the loss, each a function of (student, teacher)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rsd_loss import rsd_loss
+
+NAMES = ("naive", "reference", "lightly", "fused", "triton")
+RIVALS = ("naive", "reference", "lightly")
+KAPPA = 0.01
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class MissingError(Exception):
+    """A contestant that cannot run here; the message says why."""
+
+
+def naive(student: Tensor, teacher: Tensor, kappa: float = KAPPA, eps: float = 1e-5) -> Tensor:
+    """The loss as it is commonly written: explicit matrix minus identity, a boolean mask for the off-diagonal."""
+    student = (student - student.mean(dim=0)) / (student.std(dim=0, correction=0) + eps)
+    teacher = (teacher - teacher.mean(dim=0)) / (teacher.std(dim=0, correction=0) + eps)
+    correlation = teacher.T @ student / student.shape[0]
+    identity = torch.eye(student.shape[1], dtype=correlation.dtype, device=correlation.device)
+    penalty = (correlation - identity) ** 2
+    penalty[~identity.bool()] *= kappa
+    return penalty.sum()
+
+
+def build(name: str, device: torch.device, compiled: bool) -> Loss:
+    """The contestant called `name`; raises MissingError where it cannot run."""
+    loss: Loss
+    if name == "naive":
+        loss = naive
+    elif name == "lightly":
+        # A peer in cost, not in numbers: it normalises by batch_norm, so its eps is inside the root.
+        try:
+            from lightly.loss import BarlowTwinsLoss
+        except ImportError as error:
+            raise MissingError("lightly is not installed") from error
+        loss = BarlowTwinsLoss(lambda_param=KAPPA)
+    elif name == "triton" and device.type != "cuda":
+        raise MissingError("triton needs a CUDA device")
+    else:
+
+        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+            return rsd_loss(student, teacher, kappa=KAPPA, implementation=name)  # type: ignore[arg-type]
+
+    # The size of naive's masked selection depends on values, which breaks its graph in two.
+    return torch.compile(loss, dynamic=False, fullgraph=name != "naive") if compiled else loss

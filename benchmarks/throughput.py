@@ -1,0 +1,254 @@
+"""Throughput of the loss: `python -m benchmarks.throughput`.
+
+Every contestant computes the loss of the same tensors in this one process, in two modes: `value_and_grad`, the value
+and the student's gradient, and `value` alone, under no_grad. Each runs eagerly and under torch.compile.
+
+Time is the median over several rounds in which the contestants take turns (torch.utils.benchmark), compilation left
+out. The limit is the time that the arithmetic, 4 B D min(B, D) operations, or the traffic, 3 passes over (B, D), takes
+at the best rates of a matrix product and of a copy measured in the same run, whichever is longer; for the value alone
+it is min(2 B D^2, 4 B^2 D) operations or 2 passes.
+
+Memory is the peak of what one step allocates beyond its inputs, the gradient included: the CUDA allocator's peak, or on
+CPU the running sum of the allocations that torch.profiler records, which a library's own scratch space is not part of.
+
+Operations on a machine without a GPU are a proxy for CUDA kernel launches: the operations that one step dispatches,
+views and bare allocations left out. One operation may launch several kernels (a boolean mask does), and compiled code
+does not dispatch, so its count is blank. On CUDA the kernels themselves are counted.
+"""
+
+import argparse
+import logging
+import platform
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
+from torch.utils.benchmark import Measurement
+
+from benchmarks import measure, report, rivals
+from benchmarks.report import Row
+
+SHAPES = (
+    # The paper's batch, 128; D is the teacher's width.
+    (128, 192),  # DeiT-T
+    (128, 384),  # ViT-S
+    (128, 512),  # ResNet18
+    (128, 768),  # Swin-T, ConvNeXt-T, Mixer-B/16: the usual teachers
+    (128, 1024),  # Swin-B and other larger teachers
+    (128, 2048),  # ResNet50
+    # The wide projectors of self-supervised learning.
+    (64, 4096),
+    (128, 8192),
+    # Large batches, or the global batch of several processes: B below, just above and far above D.
+    (512, 768),
+    (1024, 768),
+    (4096, 768),
+    # Many samples of few features; the last is 256 maps of 14 x 14 positions.
+    (8192, 256),
+    (50176, 384),
+)
+QUICK_SHAPES = ((128, 64), (128, 256), (16, 32))
+MODES = ("value_and_grad", "value")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@contextmanager
+def noted(row: Row) -> Iterator[None]:
+    """Lets the other contestants go on where this one cannot; its row says why."""
+    try:
+        yield
+    except rivals.MissingError as error:
+        row.status = f"missing: {error}"
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+        row.status = "out of memory" if out_of_memory else text
+
+
+def make_step(row: Row, student: torch.Tensor, teacher: torch.Tensor) -> measure.Step:
+    """What is timed: the contestant's value, or its value and gradient."""
+    loss = rivals.build(row.contestant, student.device, row.compiled)
+    if row.autocast:
+        loss = torch.autocast(student.device.type, getattr(torch, row.autocast))(loss)
+
+    def value_and_grad() -> tuple[torch.Tensor, ...]:
+        value = loss(student, teacher)
+        return value, *torch.autograd.grad(value, student)
+
+    def value() -> torch.Tensor:
+        with torch.no_grad():
+            return loss(student, teacher)
+
+    return value_and_grad if row.mode == "value_and_grad" else value
+
+
+def run_case(rows: list[Row], device: torch.device, repeats: int, min_time: float, advance: Callable[[], Any]) -> None:
+    """Fills in the rows of one shape and mode."""
+    torch._dynamo.reset()  # else the shapes add up to torch.compile's limit of recompilations
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, *rows[0].shape, device=device).to(getattr(torch, rows[0].dtype))
+    student.requires_grad_()
+    steps: dict[int, measure.Step] = {}
+    times: dict[int, list[Measurement]] = {i: [] for i in range(len(rows))}
+    for i, row in enumerate(rows):
+        with noted(row):
+            step = make_step(row, student, teacher)
+            step()  # compiles; the measurements that follow warm up
+            row.peak_bytes = measure.peak_bytes(step, device)
+            row.operations = measure.operations(step, device, row.compiled)
+            steps[i] = step
+        advance()
+    for turn, (i, step) in product(range(repeats), steps.items()):
+        slow = turn >= 3 and times[i][-1].median > min_time
+        if rows[i].status == "ok" and not slow:
+            with noted(rows[i]):
+                times[i].append(measure.timer(step).blocked_autorange(min_run_time=min_time))
+    for row, measured in zip(rows, times.values(), strict=True):
+        if measured and row.status == "ok":
+            merged = Measurement.merge(measured)[0]
+            row.median_ms, row.iqr_ms = merged.median * 1e3, merged.iqr * 1e3
+
+
+def table(rows: list[Row]) -> Table:
+    first = rows[0]
+    naive = next((row.median_ms for row in rows if row.label == "naive"), None)
+    title = f"{first.rows} x {first.features}, {first.mode}; limit {first.limit_ms:.3g} ms"
+    result = Table("contestant", title=title, title_justify="left")
+    for heading in ("ms", "over naive", "x limit", "peak MB", "operations"):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        if row.status.startswith("missing"):
+            continue  # said once, at the end
+        if row.median_ms is None:
+            result.add_row(row.label, row.status)
+            continue
+        result.add_row(
+            row.label,
+            f"{row.median_ms:.3f}",
+            f"{naive / row.median_ms:.2f}" if naive else "",
+            f"{row.median_ms / row.limit_ms:.1f}",
+            f"{(row.peak_bytes or 0) / 1e6:.2f}",
+            "" if row.operations is None else str(row.operations),
+        )
+    return result
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.processor() or platform.machine())}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def shape(text: str) -> tuple[int, int]:
+    rows, _, features = text.partition("x")
+    return int(rows), int(features)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput",
+        description="Time, memory and operations of the loss against its rivals. Writes nothing unless asked to.",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the embeddings (default: %(default)s)")
+    parser.add_argument("--autocast", choices=DTYPES[1:3], default="", help="run the losses under torch.autocast")
+    parser.add_argument(
+        "--shapes", type=shape, nargs="+", metavar="BxD", help="rows x features, such as 128x768 64x4096"
+    )
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=MODES, help="default: both")
+    parser.add_argument("--contestants", choices=rivals.NAMES, nargs="+", default=rivals.NAMES, help="default: all")
+    parser.add_argument("--no-compile", action="store_true", help="eager contestants only")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds in which all take turns (default: %(default)s)")
+    parser.add_argument(
+        "--min-time", type=float, default=0.1, help="seconds for each in a round (default: %(default)s)"
+    )
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="write the measurements there")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write speedup.png and width.png there")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test: small shapes, short timings, no compilation"
+    )
+    parser.add_argument(
+        "--table", type=Path, metavar="CSV", help="print the README's table of that file (and --plot it); run nothing"
+    )
+    args = parser.parse_args(argv)
+    args.device = torch.device(args.device)
+    if args.quick:
+        args.shapes, args.repeats, args.min_time, args.no_compile = args.shapes or QUICK_SHAPES, 2, 0.01, True
+    args.shapes = args.shapes or SHAPES
+    return args
+
+
+def run(args: argparse.Namespace, command: str, console: Console) -> list[Row]:
+    """Measures every case, shows each as it is done, and keeps the CSV up to date."""
+    origin = {
+        "device": describe(args.device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "command": command,
+    }
+    if not args.no_compile:  # naive breaks its graph at every shape, which torch tells at length
+        warnings.filterwarnings("ignore", module="torch")
+        torch._logging.set_logs(all=logging.ERROR)
+    pairs = list(product((False,) if args.no_compile else (False, True), args.contestants))
+    cases = list(product(args.shapes, args.modes))
+    done: list[Row] = []
+    rates = measure.Rates(0, 0)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(cases) * len(pairs))
+        for (rows, features), mode in cases:
+            progress.update(task, description=f"{rows} x {features} {mode}")
+            rates = rates.best(measure.measure_rates(args.device, getattr(torch, args.autocast or args.dtype)))
+            case = [Row(name, compiled, rows, features, args.dtype, args.autocast, mode) for compiled, name in pairs]
+            run_case(case, args.device, args.repeats, args.min_time, lambda: progress.advance(task))
+            done += case
+            for row in done:  # the best rates so far hold for the earlier cases too
+                row.limit_ms = rates.limit(*row.shape, row.mode, getattr(torch, row.dtype).itemsize) * 1e3
+                vars(row).update(origin, matmul_gflops=rates.matmul / 1e9, copy_gbytes=rates.copy / 1e9)
+            progress.console.print(table(case))
+            if args.csv:
+                report.write_csv(done, args.csv)
+    console.print(f"{origin['device']}: {rates.matmul / 1e9:.0f} GFLOP/s, copy {rates.copy / 1e9:.1f} GB/s")
+    for status in dict.fromkeys(row.status for row in done if row.status.startswith("missing")):
+        console.print(status)
+    return done
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.table:
+        rows = report.read_csv(args.table)
+        print(report.markdown(rows))
+    else:
+        command = shlex.join(["python", "-m", "benchmarks.throughput", *(sys.argv[1:] if argv is None else argv)])
+        rows = run(args, command, Console())
+    if args.plot:
+        report.plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
