@@ -240,7 +240,8 @@ def _standardise_one(  # type: ignore[no-untyped-def]
     inverse = 1.0 / (norm + eps * tl.sqrt(batch * 1.0))
     if tl.program_id(1) == 0:
         tl.store(stats_ptr + cols, inverse / scale, mask=col_mask)
-        tl.store(stats_ptr + features + cols, tl.where(norm > 0, 1.0 / (scale * norm), 0.0), mask=col_mask)
+        along = 1.0 / (scale * tl.where(norm > 0, norm, float("inf")))
+        tl.store(stats_ptr + features + cols, along, mask=col_mask)
     for start in range(lo, hi, block_r):
         rows = start + tl.arange(0, block_r)
         x = _deviations(x_ptr, row_stride, col_stride, rows, cols, rows < hi, col_mask)
@@ -254,7 +255,7 @@ def _standardise(  # type: ignore[no-untyped-def]
     student_ptr, teacher_ptr, s_row, s_col, t_row, t_col, moments_ptr, z_ptr, stats_ptr, batch, features, chunk, eps,
     max_parts: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    """Writes z (2, B, D) and stats (2, 2, D) = 1 / (scale (n + eps sqrt(B))) and 1 / (scale n), student first."""
+    """Writes z (2, B, D) and stats (2, 2, D) = 1 / (scale (n + eps sqrt(B))) and 1 / (scale n) or 0, student first."""
     if tl.program_id(2) == 0:
         _standardise_one(
             student_ptr,

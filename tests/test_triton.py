@@ -23,9 +23,9 @@ if importlib.util.find_spec("triton") is None:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Fewest rows, one feature, and both; a tile is 32 x 32, so one short of, one and one over it; far taller; far wider;
-# over 512 rows, whose moments are merged from parts (three here, the last one short), tall and wide.
-SHAPES = [(2, 1), (2, 7), (9, 1), (31, 33), (33, 31), (32, 32), (70, 5), (5, 130), (1100, 7), (520, 530)]
+# Fewest rows, one feature, and both; a tile is 32 x 32, so one short of it, one over it, and it; far taller; far wider;
+# over 512 rows, whose moments are merged from parts (three here, the last one short).
+SHAPES = [(2, 1), (2, 7), (9, 1), (31, 33), (33, 31), (32, 32), (70, 5), (5, 130), (1100, 7)]
 
 
 def round_half(data, source, target, _):
@@ -98,6 +98,16 @@ def test_value_and_gradients(shape, dtype):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "most"), [((70, 130), 4), ((70, 5), 2), ((64, 3), 64)], ids=str)
+def test_parts(shape, most, dtype, monkeypatch):
+    """Three parts and wide; no more parts than allowed, which are then longer; parts that end with the batch."""
+    monkeypatch.setattr(_triton, "_ROWS", 32)
+    monkeypatch.setattr(_triton, "_PARTS", most)
+    check(*pair(*shape, dtype))
+
+
+@interpreted
 @pytest.mark.parametrize("grads", ["", "t", "st"])  # each its own rule for which product is the smaller
 @pytest.mark.parametrize("shape", [(2, 1), (20, 34), (20, 44), (44, 20)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -152,14 +162,13 @@ def test_constant_features(shape, dtype):
     student, teacher = pair(*shape, dtype)
     student[:, ::2] = 0.1
     teacher[:, ::3] = 1e4
-    losses, d, q, grad_s, grad_t = evaluate(_triton.feature_losses, student, teacher, upstream(shape[1], torch.float32))
+    check(student, teacher, eps=1e-3)  # a smaller one takes the true gradient of a dead feature beyond float16
+    losses, d, q = _triton.feature_losses(student, teacher, 0.1, 1e-5)
     # A constant column is exactly 0 when centred, whatever the rounding of its mean.
     assert not d[::2].any()
     assert not d[::3].any()
     assert not q[::2].any()
     assert (losses[::2] == 1).all()
-    assert grad_s.isfinite().all()
-    assert grad_t.isfinite().all()
 
 
 @interpreted
@@ -249,8 +258,7 @@ def test_losses_without_gradient_upstream():
 class Launches(TorchDispatchMode):
     """Counts kernels by name, and the torch operations that would launch one on a GPU."""
 
-    # Allocations and views; detach is the bookkeeping of saved outputs.
-    FREE = ("empty", "empty_like", "select", "slice", "t", "transpose", "view", "expand", "detach", "alias", "unbind")
+    FREE = ("empty", "empty_like", "select", "t", "expand", "detach", "promote_types")  # memory, views and metadata
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -283,14 +291,15 @@ class Counted:
     [
         ((24, 40), ["_standardise", "mm", "mm", "_columns", "sum", "_gradient"]),
         ((40, 24), ["_standardise", "mm", "_columns", "sum", "mm", "_gradient"]),
-        ((520, 530), ["_moments", "_standardise", "mm", "mm", "_columns", "sum", "_gradient"]),
-        ((600, 3), ["_moments", "_standardise", "mm", "_columns", "sum", "mm", "_gradient"]),
+        ((70, 80), ["_moments", "_standardise", "mm", "mm", "_columns", "sum", "_gradient"]),
+        ((70, 3), ["_moments", "_standardise", "mm", "_columns", "sum", "mm", "_gradient"]),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_seven_launches_at_most(shape, dtype, expected, monkeypatch):
     monkeypatch.undo()  # filling with NaN would count
+    monkeypatch.setattr(_triton, "_ROWS", 64)
     student, teacher = pair(*shape, dtype)
     student.requires_grad_()
     u = torch.tensor(0.5)

@@ -1,4 +1,4 @@
-"""The Triton kernels through the compilers, on a machine that needs no GPU: to machine code, and under torch.compile."""
+"""The Triton kernels through the compilers, without a GPU: to machine code, and under torch.compile."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks, which is no part of the package
-from benchmarks.triton_resources import ARCHES, DTYPES, KERNELS, LAYOUTS, compile_kernel, resources
+from benchmarks.triton_resources import ARCHES, DTYPES, KERNELS, LAYOUTS, compile_kernel, resources  # noqa: E402
 
 IDS = [name + "".join(f"-{key}={value}" for key, value in switches.items()) for name, switches in KERNELS]
 
