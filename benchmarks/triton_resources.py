@@ -76,7 +76,7 @@ def resources(compiled: Any) -> dict[str, int]:
         path.write_bytes(compiled.asm["cubin"])
         command = [cuobjdump, "--dump-resource-usage", str(path)]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = {name: int(re.search(rf"{name}:(\d+)", log)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    found = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", log)}
     return {
         "registers": found["REG"],
         "shared_bytes": int(compiled.metadata.shared),

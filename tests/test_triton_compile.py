@@ -1,8 +1,6 @@
 """The Triton kernels through the compilers, without a GPU: to machine code, and under torch.compile."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +11,9 @@ from rsd_loss import _triton, rsd_loss
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
+ahead_of_time = pytest.importorskip("benchmarks.triton_resources")
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks, which is no part of the package
-from benchmarks.triton_resources import ARCHES, DTYPES, KERNELS, LAYOUTS, compile_kernel, resources  # noqa: E402
-
-IDS = [name + "".join(f"-{key}={value}" for key, value in switches.items()) for name, switches in KERNELS]
+IDS = [name + "".join(f"-{key}={value}" for key, value in switches.items()) for name, switches in ahead_of_time.KERNELS]
 
 
 def test_every_kernel_is_listed():
@@ -25,16 +21,16 @@ def test_every_kernel_is_listed():
     helpers = {"_merge", "_deviations", "_moments_of", "_standardise_one"}
     found = {name for name, value in vars(_triton).items() if isinstance(value, triton.JITFunction)}
     assert found == entry_points | helpers
-    assert {name for name, _ in KERNELS} == entry_points
+    assert {name for name, _ in ahead_of_time.KERNELS} == entry_points
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize(("name", "switches"), KERNELS, ids=IDS)
+@pytest.mark.parametrize("arch", ahead_of_time.ARCHES)
+@pytest.mark.parametrize(("name", "switches"), ahead_of_time.KERNELS, ids=IDS)
 def test_compiles_without_spills(name, switches, arch, record_property):
-    for dtype in DTYPES:
-        # The bare specialisations differ in address arithmetic only: one dtype does for the rarest.
-        for layout in LAYOUTS if dtype == "float16" else ("aligned", "any"):
-            used = resources(compile_kernel(name, switches, arch, dtype, layout))
+    for dtype in ahead_of_time.DTYPES:
+        # The layouts differ in the arithmetic of addresses only, so one dtype does for the rarest.
+        for layout in ahead_of_time.LAYOUTS if dtype == "float16" else ("aligned", "any"):
+            used = ahead_of_time.resources(ahead_of_time.compile_kernel(name, switches, arch, dtype, layout))
             record_property(f"{dtype} {layout}", used)
             assert used["spill_bytes"] == 0, (dtype, layout, used)
             # 64 registers let 8 programs of 4 warps, half of the warps it has room for, share a multiprocessor.
