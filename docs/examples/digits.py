@@ -252,9 +252,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     print(f"{'accuracy (%), mean ± std over seeds':<40}{'validation':>14}{'test':>14}")
     for name in tests:
         print(f"{name:<40}{spread(validations[name]):>14}{spread(tests[name]):>14}")
-    print(
-        f"{ConvTeacher.__name__} {parameter_count(teacher)} parameters, {ViTStudent.__name__} {parameter_count(student)}"
-    )
+    print(f"teacher {parameter_count(teacher)} parameters, student {parameter_count(student)}")
     print(f"projector {parameter_count(projector)}, used in training only and gone afterwards")
     print(f"{options.output} written; {time.perf_counter() - start:.0f} s in all")
     return tests
