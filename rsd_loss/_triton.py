@@ -106,7 +106,10 @@ class _FeatureLosses(torch.autograd.Function):
                 m = torch.mm(z[1], product) if ctx.tall else product
                 _, batch, features = z.shape
                 grads[0] = torch.empty((batch, features), dtype=student.dtype, device=z.device)
-                args = (upstream, upstream.stride(0), m, d, q, z, stats, grads[0], batch, features, ctx.kappa)
+                # The compiler traces this with strides that the upstream need not have when it runs.
+                u = upstream.contiguous() if torch.compiler.is_compiling() else upstream
+                stride = 1 if torch.compiler.is_compiling() else u.stride(0)
+                args = (u, stride, m, d, q, z, stats, grads[0], batch, features, ctx.kappa)
                 grid = (-(-batch // _BLOCK_R) * -(-features // _BLOCK_C),)
                 _gradient[grid](*args, block_r=_BLOCK_R, block_c=_BLOCK_C)
             if ctx.needs_input_grad[1]:
@@ -258,39 +261,17 @@ def _standardise(  # type: ignore[no-untyped-def]
     """Writes z (2, B, D) and stats (2, 2, D) = 1 / (scale (n + eps sqrt(B))) and 1 / (scale n) or 0, student first."""
     if tl.program_id(2) == 0:
         _standardise_one(
-            student_ptr,
-            s_row,
-            s_col,
-            moments_ptr,
-            z_ptr,
-            stats_ptr,
-            batch,
-            features,
-            chunk,
-            eps,
-            max_parts,
-            block_r,
-            block_c,
-        )
+            student_ptr, s_row, s_col, moments_ptr, z_ptr, stats_ptr, batch, features, chunk, eps,
+            max_parts, block_r, block_c,
+        )  # fmt: skip
     else:
         moments_ptr += tl.num_programs(1).to(tl.int64) * 2 * features
         z_ptr += batch.to(tl.int64) * features
         stats_ptr += 2 * features
         _standardise_one(
-            teacher_ptr,
-            t_row,
-            t_col,
-            moments_ptr,
-            z_ptr,
-            stats_ptr,
-            batch,
-            features,
-            chunk,
-            eps,
-            max_parts,
-            block_r,
-            block_c,
-        )
+            teacher_ptr, t_row, t_col, moments_ptr, z_ptr, stats_ptr, batch, features, chunk, eps,
+            max_parts, block_r, block_c,
+        )  # fmt: skip
 
 
 @_jit

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._functorch.config
 
 import rsd_loss
 
@@ -16,8 +15,6 @@ IMPLEMENTATIONS = ("reference", "fused")  # triton has a process of its own, for
 # The compiled loss is one function that every test calls with shapes, dtypes and settings of its own.
 torch._dynamo.config.recompile_limit = 256
 torch._dynamo.config.accumulated_recompile_limit = 4096
-# A compiled backward frees what it saved, unless told that tests call it twice.
-torch._functorch.config.donated_buffer = False
 
 
 @functools.cache

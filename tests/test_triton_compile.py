@@ -24,12 +24,13 @@ def test_every_kernel_is_listed():
     assert {name for name, _ in ahead_of_time.KERNELS} == entry_points
 
 
+@pytest.mark.skipif(triton.__version__ < "3.3", reason="before Triton 3.3 the compiler is called otherwise")
 @pytest.mark.parametrize("arch", ahead_of_time.ARCHES)
 @pytest.mark.parametrize(("name", "switches"), ahead_of_time.KERNELS, ids=IDS)
 def test_compiles_without_spills(name, switches, arch, record_property):
     for dtype in ahead_of_time.DTYPES:
-        # The layouts differ in the arithmetic of addresses only, so one dtype does for the rarest.
-        for layout in ahead_of_time.LAYOUTS if dtype == "float16" else ("aligned", "any"):
+        # The layouts differ in the arithmetic of addresses only: one dtype does for the rarer ones.
+        for layout in ahead_of_time.LAYOUTS if dtype == "float16" else ("aligned",):
             used = ahead_of_time.resources(ahead_of_time.compile_kernel(name, switches, arch, dtype, layout))
             record_property(f"{dtype} {layout}", used)
             assert used["spill_bytes"] == 0, (dtype, layout, used)
