@@ -13,8 +13,9 @@ DATA = Path(__file__).parent / "data"
 IMPLEMENTATIONS = ("reference", "fused")  # triton has a process of its own, for its interpreter
 
 # The compiled loss is one function that every test calls with shapes, dtypes and settings of its own.
-torch._dynamo.config.recompile_limit = 256
-torch._dynamo.config.accumulated_recompile_limit = 4096
+_new = hasattr(torch._dynamo.config, "recompile_limit")  # torch 2.6 has the older names only
+setattr(torch._dynamo.config, "recompile_limit" if _new else "cache_size_limit", 256)
+setattr(torch._dynamo.config, "accumulated_recompile_limit" if _new else "accumulated_cache_size_limit", 4096)
 
 
 @functools.cache
