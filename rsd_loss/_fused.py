@@ -28,7 +28,7 @@ from torch import Tensor
 
 # How many rows of a tall input are worked on at a time on a CPU: few enough for the temporaries to stay in cache
 # (page faults of large fresh tensors cost more than the arithmetic on them), enough for the matmul to run at its peak.
-_BLOCK_ROWS = 512
+_BLOCK_ROWS = 1024
 
 
 class _Columns(NamedTuple):
@@ -74,7 +74,9 @@ class _FeatureLosses(torch.autograd.Function):
         if ctx.tall:
             a = (2 * kappa) * p
             a.diagonal().add_(2 * w)
-            products = [a.to(_product_dtype(student, teacher))]
+            dtype = _product_dtype(student, teacher)
+            # In full precision the teacher needs centring only, with its scale in A; half needs columns of unit length.
+            products = [a.mul_(columns_t.scale.unsqueeze(1)) if dtype == a.dtype else a.to(dtype)]
         else:
             products = [n, z_t, z_s, w]
         ctx.save_for_backward(student, teacher, *columns_s, *columns_t, pull, *products)
@@ -143,6 +145,8 @@ def _tall_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
         grads[0] = grad.to(student.dtype)
     if ctx.needs_input_grad[1]:
         grad = torch.mm(_apply(columns_s, student), (a * u).T)
+        if a.dtype == u.dtype:
+            grad /= columns_t.scale
         grads[1] = _through_standardisation(grad, _apply(columns_t, teacher), columns_t).to(teacher.dtype)
     return grads
 
@@ -153,14 +157,17 @@ def _tall_student_gradient(
     """The product Zt A and its way through the standardisation: by blocks, in few passes, all scales in vectors."""
     ur = u * columns_s.scale
     pull = -pull * ur
-    a = a * columns_t.scale.unsqueeze(1)
     mean_s, rest_s = _rounded_mean(student, columns_s)
     mean_t, rest_t = _rounded_mean(teacher, columns_t)
     rest = -ur * torch.mv(a.T, rest_t) - pull * rest_s
     grad = torch.empty_like(student, dtype=u.dtype)
-    for rows in _blocks(student, teacher):
-        torch.addcmul(rest, torch.mm(teacher[rows] - mean_t, a), ur, out=grad[rows])
-        grad[rows].addcmul_(student[rows] - mean_s, pull)
+    blocks = _blocks(student, teacher)
+    work = student.new_empty(2, _block_rows(student), student.shape[1]) if len(blocks) > 1 else None
+    for rows in blocks:
+        centred, product = (None, None) if work is None else work[:, : rows.stop - rows.start]
+        product = torch.mm(torch.sub(teacher[rows], mean_t, out=centred), a, out=product)
+        torch.addcmul(rest, product, ur, out=grad[rows])
+        grad[rows].addcmul_(torch.sub(student[rows], mean_s, out=centred), pull)
     return grad
 
 
@@ -191,14 +198,17 @@ def _correlation(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, 
     p = student.new_zeros(teacher.shape[1], student.shape[1])
     blocks = _blocks(student, teacher)
     sides = [(x, x.new_empty(len(blocks), x.shape[1]), x.new_zeros(x.shape[1])) for x in (student, teacher)]
+    work = student.new_empty(
+        3, _block_rows(student), student.shape[1]
+    )  # one for all blocks: the allocator would unmap each
     for i, rows in enumerate(blocks):
-        centred = []
-        for x, means, squares in sides:
-            centred.append(x[rows] - x[0])
-            torch.mean(centred[-1], dim=0, out=means[i])
-            centred[-1] -= means[i]
-            squares += _column_dot(centred[-1], centred[-1])
-        p.addmm_(centred[1].T, centred[0])
+        *both, product = work[:, : rows.stop - rows.start]
+        for centred, (x, means, squares) in zip(both, sides, strict=True):
+            torch.sub(x[rows], x[0], out=centred)
+            torch.mean(centred, dim=0, out=means[i])
+            centred -= means[i]
+            squares += torch.mul(centred, centred, out=product).sum(dim=0)
+        p.addmm_(both[1].T, both[0])
     sizes = student.new_tensor([rows.stop - rows.start for rows in blocks]).unsqueeze(1)
     columns = []
     between = []
@@ -256,7 +266,7 @@ def _streams(student: Tensor, teacher: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and student.device.type == "cpu"
-        and student.shape[0] > _BLOCK_ROWS
+        and student.shape[0] >= _BLOCK_ROWS
         and student.dtype == teacher.dtype == _product_dtype(student, teacher)
         and student.dtype in (torch.float32, torch.float64)
     )
@@ -265,5 +275,9 @@ def _streams(student: Tensor, teacher: Tensor) -> bool:
 def _blocks(student: Tensor, teacher: Tensor) -> list[slice]:
     if not _streams(student, teacher):
         return [slice(None)]
-    rows = student.shape[0]
-    return [slice(start, min(start + _BLOCK_ROWS, rows)) for start in range(0, rows, _BLOCK_ROWS)]
+    rows, size = student.shape[0], _block_rows(student)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _block_rows(student: Tensor) -> int:
+    return min(_BLOCK_ROWS, student.shape[0] // 4)  # a quarter keeps the work small beside the gradient
