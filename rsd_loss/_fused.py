@@ -198,9 +198,8 @@ def _correlation(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, 
     p = student.new_zeros(teacher.shape[1], student.shape[1])
     blocks = _blocks(student, teacher)
     sides = [(x, x.new_empty(len(blocks), x.shape[1]), x.new_zeros(x.shape[1])) for x in (student, teacher)]
-    work = student.new_empty(
-        3, _block_rows(student), student.shape[1]
-    )  # one for all blocks: the allocator would unmap each
+    # One work space for all blocks: what a block frees, the allocator may unmap and the next one fault in again.
+    work = student.new_empty(3, _block_rows(student), student.shape[1])
     for i, rows in enumerate(blocks):
         *both, product = work[:, : rows.stop - rows.start]
         for centred, (x, means, squares) in zip(both, sides, strict=True):

@@ -28,6 +28,12 @@ def test_links_within_the_repository(page):
         assert (ROOT / target).exists(), target
 
 
+def test_readme_table_is_that_of_the_results():
+    report = pytest.importorskip("benchmarks.report", reason="needs the bench extra")
+    table = report.markdown(report.read_csv(ROOT / "benchmarks" / "results" / "throughput_cpu.csv"))
+    assert table.strip() in README
+
+
 def test_digits_example(tmp_path):
     pytest.importorskip("sklearn", reason="the example needs the demo extra")
     picture = tmp_path / "digits.png"
