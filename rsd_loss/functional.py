@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rsd_loss import _fused, reference
@@ -111,7 +112,8 @@ def rsd_loss(
         eps: Added to the standard deviation (outside the root), in the units of the embeddings.
         reduction: ``"sum"`` is the paper's loss; ``"mean"`` divides it by D, so that its weight does not depend on
             the width; ``"none"`` gives the (D,) losses of the student's features.
-        gather_distributed: Take the batch to be that of all processes in ``process_group``.
+        gather_distributed: Take the batch to be that of all processes in ``process_group``; so far for one process
+            only.
         process_group: The processes to gather over; the default group if None.
         implementation: ``"auto"`` picks the fastest; ``"fused"``, ``"triton"`` and ``"reference"`` give the same
             numbers by different means.
@@ -125,8 +127,10 @@ def rsd_loss(
         TypeError: An embedding is not a floating-point tensor, or kappa or eps not a number.
         ValueError: Shapes, devices, ranges or names do not fit; the message says which and what to do.
         RuntimeError: The implementation named cannot run here; the message says why.
+        NotImplementedError: ``gather_distributed=True`` with more than one process.
     """
     check_settings(kappa, eps, reduction, implementation)
+    _check_gather(gather_distributed, process_group)
     _check_embeddings(student, teacher)
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
@@ -157,7 +161,8 @@ def cross_correlation(
         student: (B, D_student) embeddings; B >= 2; float16, bfloat16, float32 or float64.
         teacher: (B, D_teacher) embeddings of the same samples in the same order; the widths may differ.
         eps: Added to the standard deviation (outside the root), in the units of the embeddings.
-        gather_distributed: Take the batch to be that of all processes in ``process_group``.
+        gather_distributed: Take the batch to be that of all processes in ``process_group``; so far for one process
+            only.
         process_group: The processes to gather over; the default group if None.
 
     Returns:
@@ -168,6 +173,7 @@ def cross_correlation(
         ValueError: Shapes, devices or ranges do not fit; the message says which and what to do.
     """
     _check_non_negative("eps", eps)
+    _check_gather(gather_distributed, process_group)
     _check_embeddings(student, teacher)
     return reference.cross_correlation(student, teacher, eps)
 
@@ -203,6 +209,16 @@ def _check_non_negative(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: pass a Python float")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number that is not negative, got {value}")
+
+
+def _check_gather(gather_distributed: bool, process_group: "ProcessGroup | None") -> None:
+    if not gather_distributed or not dist.is_available() or not dist.is_initialized():
+        return
+    if dist.get_world_size(process_group) > 1:
+        raise NotImplementedError(
+            f"gather_distributed=True is not there yet for {dist.get_world_size(process_group)} processes: "
+            "pass False for a loss of each process's own batch, which is what the paper's code does"
+        )
 
 
 def _check_embeddings(student: Tensor, teacher: Tensor) -> None:
