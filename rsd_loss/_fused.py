@@ -45,13 +45,8 @@ def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float) -
         out: tuple[Tensor, Tensor, Tensor] = _FeatureLosses.apply(student, teacher, kappa, eps)
         return out
     # The value alone needs no N, only q: 2 B D^2 operations against 4 B^2 D.
-    if student.shape[1] <= 2 * student.shape[0]:
-        p, _, _ = _correlation(student, teacher, eps)
-        d, q = p.diagonal(), p.square().sum(dim=0)
-    else:
-        z_s, z_t, _, _ = _standardise_both(student, teacher, eps)
-        n = torch.mm(torch.mm(z_t, z_t.T), z_s)
-        d, q = _column_dot(z_t, z_s), _column_dot(n, z_s)
+    tall = student.shape[1] <= 2 * student.shape[0]
+    d, q, *_ = (_tall if tall else _wide)(student, teacher, eps)
     return _losses(d, q, kappa), d, q
 
 
@@ -61,24 +56,18 @@ class _FeatureLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, kappa: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         ctx.tall, ctx.kappa = student.shape[1] <= student.shape[0], kappa
-        if ctx.tall:
-            p, columns_s, columns_t = _correlation(student, teacher, eps)
-            d, q = p.diagonal().clone(), p.square().sum(dim=0)
-        else:
-            z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps)
-            n = torch.mm(torch.mm(z_t, z_t.T), z_s)
-            d, q = _column_dot(z_t, z_s), _column_dot(n, z_s)
+        d, q, columns_s, columns_t, *products = (_tall if ctx.tall else _wide)(student, teacher, eps)
         w = (1 - kappa) * d - 1
         # colsum(dL/dZs o Zs) / n. A dead feature has z = d = q = 0, and so any finite quotient will do.
         pull = 2 * (kappa * q + w * d) / columns_s.norm.clamp_min(torch.finfo(d.dtype).tiny)
         if ctx.tall:
-            a = (2 * kappa) * p
+            a = (2 * kappa) * products[0]
             a.diagonal().add_(2 * w)
             dtype = _product_dtype(student, teacher)
             # In full precision the teacher needs centring only, with its scale in A; half needs columns of unit length.
             products = [a.mul_(columns_t.scale.unsqueeze(1)) if dtype == a.dtype else a.to(dtype)]
         else:
-            products = [n, z_t, z_s, w]
+            products.append(w)
         ctx.save_for_backward(student, teacher, *columns_s, *columns_t, pull, *products)
         ctx.mark_non_differentiable(d, q)
         return _losses(d, q, kappa), d, q
@@ -111,8 +100,17 @@ class _Once(torch.autograd.Function):
         )
 
 
+def _wide(
+    student: Tensor, teacher: Tensor, eps: float
+) -> tuple[Tensor, Tensor, _Columns, _Columns, Tensor, Tensor, Tensor]:
+    """d, q, the statistics of both sides, and N and both Z (B, D) in the dtype of the products."""
+    z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps)
+    n = torch.mm(torch.mm(z_t, z_t.T), z_s)
+    return _column_dot(z_t, z_s), _column_dot(n, z_s), columns_s, columns_t, n, z_s, z_t
+
+
 def _wide_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
-    student, teacher, *saved, pull, n, z_t, z_s, w = ctx.saved_tensors
+    student, teacher, *saved, pull, n, z_s, z_t, w = ctx.saved_tensors
     columns_s, columns_t = _Columns(*saved[:3]), _Columns(*saved[3:])
     grads: list[Tensor | None] = [None, None]
     if ctx.needs_input_grad[0]:
@@ -130,6 +128,21 @@ def _wide_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
         grad = 2 * ctx.kappa * torch.mm(torch.mm(z_s * u, z_s.T), z_t) + z_s * (2 * w * u)
         grads[1] = _through_standardisation(grad, z_t, columns_t).to(teacher.dtype)
     return grads
+
+
+def _tall(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, _Columns, _Columns, Tensor]:
+    """d, q, the statistics of both sides, and P (D, D) in their dtype."""
+    if _streams(student, teacher):
+        moments = _streamed_moments_op if torch.compiler.is_compiling() else _streamed_moments
+        *both, p = moments(student, teacher)
+        columns_s, columns_t = (
+            _columns(mean, squares, student.shape[0], eps) for mean, squares in (both[:2], both[2:])
+        )
+        p.mul_(columns_t.scale.unsqueeze(1)).mul_(columns_s.scale)
+    else:
+        z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps)
+        p = torch.mm(z_t.T, z_s).to(columns_s.mean.dtype)
+    return p.diagonal().clone(), p.square().sum(dim=0), columns_s, columns_t, p
 
 
 def _tall_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
@@ -160,15 +173,11 @@ def _tall_student_gradient(
     mean_s, rest_s = _rounded_mean(student, columns_s)
     mean_t, rest_t = _rounded_mean(teacher, columns_t)
     rest = -ur * torch.mv(a.T, rest_t) - pull * rest_s
-    grad = torch.empty_like(student, dtype=u.dtype)
-    blocks = _blocks(student, teacher)
-    work = student.new_empty(2, _block_rows(student), student.shape[1]) if len(blocks) > 1 else None
-    for rows in blocks:
-        centred, product = (None, None) if work is None else work[:, : rows.stop - rows.start]
-        product = torch.mm(torch.sub(teacher[rows], mean_t, out=centred), a, out=product)
-        torch.addcmul(rest, product, ur, out=grad[rows])
-        grad[rows].addcmul_(torch.sub(student[rows], mean_s, out=centred), pull)
-    return grad
+    if _streams(student, teacher):
+        gradient = _streamed_gradient_op if torch.compiler.is_compiling() else _streamed_gradient
+        return gradient(student, teacher, mean_s, mean_t, a, ur, pull, rest)
+    grad = torch.addcmul(rest, torch.mm(teacher - mean_t, a), ur)
+    return grad.addcmul_(student - mean_s, pull)
 
 
 def _rounded_mean(x: Tensor, columns: _Columns) -> tuple[Tensor, Tensor]:
@@ -187,16 +196,14 @@ def _losses(d: Tensor, q: Tensor, kappa: float) -> Tensor:
     return (d - 1).square() + kappa * (q - d.square())
 
 
-def _correlation(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, _Columns, _Columns]:
-    """P (D_teacher, D_student) in the dtype of the statistics."""
-    if not _streams(student, teacher):
-        z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps)
-        p = torch.mm(z_t.T, z_s)
-        return p.to(columns_s.mean.dtype), columns_s, columns_t
-    # One pass: each block is centred on its own mean, and what the means differ by is added at the end (Chan, Golub
-    # and LeVeque). Every term is a sum of products of centred values, so that nothing cancels.
+def _streamed_moments(student: Tensor, teacher: Tensor) -> list[Tensor]:
+    """Mean of the differences to the first row and sum of squares about it, per side, and Ct' Cs (D, D).
+
+    One pass: each block is centred on its own mean, and what the means differ by is added at the end (Chan, Golub and
+    LeVeque). Every term is a sum of products of centred values, so that nothing cancels.
+    """
     p = student.new_zeros(teacher.shape[1], student.shape[1])
-    blocks = _blocks(student, teacher)
+    blocks = _blocks(student)
     sides = [(x, x.new_empty(len(blocks), x.shape[1]), x.new_zeros(x.shape[1])) for x in (student, teacher)]
     # One work space for all blocks: what a block frees, the allocator may unmap and the next one fault in again.
     work = student.new_empty(3, _block_rows(student), student.shape[1])
@@ -209,14 +216,50 @@ def _correlation(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, 
             squares += torch.mul(centred, centred, out=product).sum(dim=0)
         p.addmm_(both[1].T, both[0])
     sizes = student.new_tensor([rows.stop - rows.start for rows in blocks]).unsqueeze(1)
-    columns = []
+    moments = []
     between = []
     for x, means, squares in sides:
         mean = (sizes * means).sum(dim=0) / x.shape[0]
         between.append(sizes.sqrt() * (means - mean))
-        columns.append(_columns(mean, squares + _column_dot(between[-1], between[-1]), x.shape[0], eps))
-    p.addmm_(between[1].T, between[0]).mul_(columns[1].scale.unsqueeze(1)).mul_(columns[0].scale)
-    return p, columns[0], columns[1]
+        moments += [mean, squares + _column_dot(between[-1], between[-1])]
+    return [*moments, p.addmm_(between[1].T, between[0])]
+
+
+def _streamed_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    mean_s: Tensor,
+    mean_t: Tensor,
+    a: Tensor,
+    ur: Tensor,
+    pull: Tensor,
+    rest: Tensor,
+) -> Tensor:
+    """The gradient ur o (Ct A) + pull o Cs + rest."""
+    grad = torch.empty_like(student)
+    work = student.new_empty(2, _block_rows(student), student.shape[1])
+    for rows in _blocks(student):
+        centred, product = work[:, : rows.stop - rows.start]
+        torch.mm(torch.sub(teacher[rows], mean_t, out=centred), a, out=product)
+        torch.addcmul(rest, product, ur, out=grad[rows])
+        grad[rows].addcmul_(torch.sub(student[rows], mean_s, out=centred), pull)
+    return grad
+
+
+# A compiler would unroll the blocks and give each its own memory; as operators they run as they stand.
+_streamed_moments_op = torch.library.custom_op("rsd_loss::moments", _streamed_moments, mutates_args=())
+_streamed_gradient_op = torch.library.custom_op("rsd_loss::gradient", _streamed_gradient, mutates_args=())
+
+
+@_streamed_moments_op.register_fake
+def _(student: Tensor, teacher: Tensor) -> list[Tensor]:
+    features = student.shape[1]
+    return [*(student.new_empty(features) for _ in range(4)), student.new_empty(features, features)]
+
+
+@_streamed_gradient_op.register_fake
+def _(student: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(student)
 
 
 def _standardise_both(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, _Columns, _Columns]:
@@ -261,19 +304,16 @@ def _autocasts(device: str) -> bool:
 
 
 def _streams(student: Tensor, teacher: Tensor) -> bool:
-    """Whether tall inputs go block by block: on a CPU, in full precision, unless a compiler sees to the passes."""
+    """Whether tall inputs go block by block: on a CPU, in full precision."""
     return (
-        not torch.compiler.is_compiling()
-        and student.device.type == "cpu"
+        student.device.type == "cpu"
         and student.shape[0] >= _BLOCK_ROWS
         and student.dtype == teacher.dtype == _product_dtype(student, teacher)
         and student.dtype in (torch.float32, torch.float64)
     )
 
 
-def _blocks(student: Tensor, teacher: Tensor) -> list[slice]:
-    if not _streams(student, teacher):
-        return [slice(None)]
+def _blocks(student: Tensor) -> list[slice]:
     rows, size = student.shape[0], _block_rows(student)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 

@@ -11,7 +11,7 @@ from rsd_loss import RSDLoss
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("features", [24, 1])
 def test_changing_batch_sizes(implementation, features):
-    """A run's batches, its smaller last ones and other sizes: a graph for wide and one for tall serve them all."""
+    """A run's batches, its smaller last ones and other sizes: one graph each for wide, tall and streamed serves them."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     module = RSDLoss(implementation=implementation, return_terms=True)
@@ -24,7 +24,7 @@ def test_changing_batch_sizes(implementation, features):
         u = upstream((), torch.float32)
         grads = [torch.autograd.grad(x, student, u)[0] for x in (got, want)]
         torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5 * grads[1].abs().max().item())
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= {"reference": 1, "fused": 3}[implementation]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

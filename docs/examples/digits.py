@@ -259,6 +259,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    # The models are so small that a second thread gains a tenth, and waits much longer for the first where other programs run.
+    # Models this small gain a tenth from a second thread, and lose many times that where other programs run.
     torch.set_num_threads(1)
     main()
