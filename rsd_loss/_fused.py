@@ -20,11 +20,14 @@ Statistics and vectors are float32 (float64 for float64 input). The products run
 column of Z has at most unit length, so that nothing overflows float16.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from rsd_loss._distributed import Shard, merge_moments, sum_over_features, sum_over_rows
 
 # How many rows of a tall input are worked on at a time on a CPU: few enough for the temporaries to stay in cache
 # (page faults of large fresh tensors cost more than the arithmetic on them), enough for the matmul to run at its peak.
@@ -39,14 +42,16 @@ class _Columns(NamedTuple):
     scale: Tensor  # r = 1 / (n + eps sqrt(B))
 
 
-def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def feature_losses(
+    student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as reference.feature_losses."""
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        out: tuple[Tensor, Tensor, Tensor] = _FeatureLosses.apply(student, teacher, kappa, eps)
+        out: tuple[Tensor, Tensor, Tensor] = _FeatureLosses.apply(student, teacher, kappa, eps, shard)
         return out
     # The value alone needs no N, only q: 2 B D^2 operations against 4 B^2 D.
-    tall = student.shape[1] <= 2 * student.shape[0]
-    d, q, *_ = (_tall if tall else _wide)(student, teacher, eps)
+    tall = student.shape[1] <= 2 * student.shape[0] if shard is None else shard.by_rows
+    d, q, *_ = (_tall if tall else _wide)(student, teacher, eps, shard)
     return _losses(d, q, kappa), d, q
 
 
@@ -54,9 +59,12 @@ class _FeatureLosses(torch.autograd.Function):
     """Saves N for wide inputs and A = 2 kappa P + 2 diag w for tall ones, neither yet scaled by the upstream."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, kappa: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.tall, ctx.kappa = student.shape[1] <= student.shape[0], kappa
-        d, q, columns_s, columns_t, *products = (_tall if ctx.tall else _wide)(student, teacher, eps)
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.tall = student.shape[1] <= student.shape[0] if shard is None else shard.by_rows
+        ctx.kappa, ctx.shard = kappa, shard
+        d, q, columns_s, columns_t, *products = (_tall if ctx.tall else _wide)(student, teacher, eps, shard)
         w = (1 - kappa) * d - 1
         # colsum(dL/dZs o Zs) / n. A dead feature has z = d = q = 0, and so any finite quotient will do.
         pull = 2 * (kappa * q + w * d) / columns_s.norm.clamp_min(torch.finfo(d.dtype).tiny)
@@ -82,7 +90,7 @@ class _FeatureLosses(torch.autograd.Function):
             grads = gradients(ctx, upstream[0])
         if torch.is_grad_enabled():  # create_graph=True
             grads = [None if grad is None else _Once.apply(grad, upstream[0], student, teacher) for grad in grads]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -101,11 +109,12 @@ class _Once(torch.autograd.Function):
 
 
 def _wide(
-    student: Tensor, teacher: Tensor, eps: float
+    student: Tensor, teacher: Tensor, eps: float, shard: Shard | None
 ) -> tuple[Tensor, Tensor, _Columns, _Columns, Tensor, Tensor, Tensor]:
     """d, q, the statistics of both sides, and N and both Z (B, D) in the dtype of the products."""
-    z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps)
-    n = torch.mm(torch.mm(z_t, z_t.T), z_s)
+    z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps, shard)
+    k = sum_over_features(torch.mm(z_t, z_t.T), shard)
+    n = torch.mm(k.to(z_s.dtype), z_s)
     return _column_dot(z_t, z_s), _column_dot(n, z_s), columns_s, columns_t, n, z_s, z_t
 
 
@@ -120,28 +129,32 @@ def _wide_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
             grad.addcmul_(z_t, 2 * w * ur).addcmul_(z_s, -pull * u)
         else:
             grad = n * (2 * ctx.kappa * u) + z_t * (2 * w * u)
-            grad = _through_standardisation(grad, _apply(columns_s, student), columns_s)
+            grad = _through_standardisation(grad, _apply(columns_s, student), columns_s, ctx.shard)
         grads[0] = grad.to(student.dtype)
     if ctx.needs_input_grad[1]:
         # Here u stands inside the product. It may be a gradient scaler's 65536, which is not for half precision.
         z_s, z_t = z_s.to(u.dtype), _apply(columns_t, teacher)
-        grad = 2 * ctx.kappa * torch.mm(torch.mm(z_s * u, z_s.T), z_t) + z_s * (2 * w * u)
-        grads[1] = _through_standardisation(grad, z_t, columns_t).to(teacher.dtype)
+        inner = sum_over_features(torch.mm(z_s * u, z_s.T), ctx.shard)
+        grad = 2 * ctx.kappa * torch.mm(inner, z_t) + z_s * (2 * w * u)
+        grads[1] = _through_standardisation(grad, z_t, columns_t, ctx.shard).to(teacher.dtype)
     return grads
 
 
-def _tall(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, _Columns, _Columns, Tensor]:
+def _tall(
+    student: Tensor, teacher: Tensor, eps: float, shard: Shard | None
+) -> tuple[Tensor, Tensor, _Columns, _Columns, Tensor]:
     """d, q, the statistics of both sides, and P (D, D) in their dtype."""
     if _streams(student, teacher):
         moments = _streamed_moments_op if torch.compiler.is_compiling() else _streamed_moments
-        *both, p = moments(student, teacher)
-        columns_s, columns_t = (
-            _columns(mean, squares, student.shape[0], eps) for mean, squares in (both[:2], both[2:])
-        )
+        means, squares, p = moments(student, teacher)
+        columns_s, columns_t, apart = _columns(student, teacher, means, squares, eps, shard)
+        if apart is not None:
+            p.addr_(apart[1], apart[0], alpha=student.shape[0])
         p.mul_(columns_t.scale.unsqueeze(1)).mul_(columns_s.scale)
     else:
-        z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps)
+        z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps, shard)
         p = torch.mm(z_t.T, z_s).to(columns_s.mean.dtype)
+    p = sum_over_rows(p, shard)
     return p.diagonal().clone(), p.square().sum(dim=0), columns_s, columns_t, p
 
 
@@ -154,13 +167,14 @@ def _tall_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
             grad = _tall_student_gradient(student, teacher, columns_s, columns_t, pull, a, u)
         else:
             grad = torch.mm(_apply(columns_t, teacher).to(a.dtype), a) * u
-            grad = _through_standardisation(grad, _apply(columns_s, student), columns_s)
+            grad = _through_standardisation(grad, _apply(columns_s, student), columns_s, ctx.shard)
         grads[0] = grad.to(student.dtype)
     if ctx.needs_input_grad[1]:
         grad = torch.mm(_apply(columns_s, student), (a * u).T)
         if a.dtype == u.dtype:
             grad /= columns_t.scale
-        grads[1] = _through_standardisation(grad, _apply(columns_t, teacher), columns_t).to(teacher.dtype)
+        grad = _through_standardisation(grad, _apply(columns_t, teacher), columns_t, ctx.shard)
+        grads[1] = grad.to(teacher.dtype)
     return grads
 
 
@@ -186,9 +200,9 @@ def _rounded_mean(x: Tensor, columns: _Columns) -> tuple[Tensor, Tensor]:
     return mean, columns.mean - (mean - x[0])
 
 
-def _through_standardisation(grad: Tensor, z: Tensor, columns: _Columns) -> Tensor:
+def _through_standardisation(grad: Tensor, z: Tensor, columns: _Columns, shard: Shard | None) -> Tensor:
     """dL/dX from dL/dZ."""
-    pull = _column_dot(grad, z) / columns.norm.clamp_min(torch.finfo(grad.dtype).tiny)
+    pull = sum_over_rows(_column_dot(grad, z), shard) / columns.norm.clamp_min(torch.finfo(grad.dtype).tiny)
     return grad * columns.scale - z * pull
 
 
@@ -196,33 +210,30 @@ def _losses(d: Tensor, q: Tensor, kappa: float) -> Tensor:
     return (d - 1).square() + kappa * (q - d.square())
 
 
-def _streamed_moments(student: Tensor, teacher: Tensor) -> list[Tensor]:
-    """Mean of the differences to the first row and sum of squares about it, per side, and Ct' Cs (D, D).
+def _streamed_moments(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of the differences to the first row, sums of squares about them, both (2, D), and Ct' Cs (D, D).
 
     One pass: each block is centred on its own mean, and what the means differ by is added at the end (Chan, Golub and
     LeVeque). Every term is a sum of products of centred values, so that nothing cancels.
     """
-    p = student.new_zeros(teacher.shape[1], student.shape[1])
-    blocks = _blocks(student)
-    sides = [(x, x.new_empty(len(blocks), x.shape[1]), x.new_zeros(x.shape[1])) for x in (student, teacher)]
+    blocks, features = _blocks(student), student.shape[1]
+    means = student.new_empty(2, len(blocks), features)
+    squares = student.new_zeros(2, features)
+    p = student.new_zeros(features, features)
     # One work space for all blocks: what a block frees, the allocator may unmap and the next one fault in again.
-    work = student.new_empty(3, _block_rows(student), student.shape[1])
+    work = student.new_empty(3, _block_rows(student), features)
     for i, rows in enumerate(blocks):
         *both, product = work[:, : rows.stop - rows.start]
-        for centred, (x, means, squares) in zip(both, sides, strict=True):
+        for side, (x, centred) in enumerate(zip((student, teacher), both, strict=True)):
             torch.sub(x[rows], x[0], out=centred)
-            torch.mean(centred, dim=0, out=means[i])
-            centred -= means[i]
-            squares += torch.mul(centred, centred, out=product).sum(dim=0)
+            torch.mean(centred, dim=0, out=means[side, i])
+            centred -= means[side, i]
+            squares[side] += torch.mul(centred, centred, out=product).sum(dim=0)
         p.addmm_(both[1].T, both[0])
     sizes = student.new_tensor([rows.stop - rows.start for rows in blocks]).unsqueeze(1)
-    moments = []
-    between = []
-    for x, means, squares in sides:
-        mean = (sizes * means).sum(dim=0) / x.shape[0]
-        between.append(sizes.sqrt() * (means - mean))
-        moments += [mean, squares + _column_dot(between[-1], between[-1])]
-    return [*moments, p.addmm_(between[1].T, between[0])]
+    mean = (sizes * means).sum(dim=1) / student.shape[0]
+    between = sizes.sqrt() * (means - mean.unsqueeze(1))
+    return mean, squares + _column_dot(between, between), p.addmm_(between[1].T, between[0])
 
 
 def _streamed_gradient(
@@ -252,9 +263,9 @@ _streamed_gradient_op = torch.library.custom_op("rsd_loss::gradient", _streamed_
 
 
 @_streamed_moments_op.register_fake
-def _(student: Tensor, teacher: Tensor) -> list[Tensor]:
+def _(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     features = student.shape[1]
-    return [*(student.new_empty(features) for _ in range(4)), student.new_empty(features, features)]
+    return student.new_empty(2, features), student.new_empty(2, features), student.new_empty(features, features)
 
 
 @_streamed_gradient_op.register_fake
@@ -262,24 +273,47 @@ def _(student: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(student)
 
 
-def _standardise_both(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, _Columns, _Columns]:
+def _standardise_both(
+    student: Tensor, teacher: Tensor, eps: float, shard: Shard | None
+) -> tuple[Tensor, Tensor, _Columns, _Columns]:
     """Both Z (B, D) in the dtype of the products."""
     statistics = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     products = _product_dtype(student, teacher)
-    z, columns = [], []
+    both, means, squares = [], [], []
     for x in (student, teacher):
         x = x.to(statistics)
         centred = x - x[0]
-        mean = centred.mean(dim=0)
-        centred -= mean
-        columns.append(_columns(mean, _column_dot(centred, centred), x.shape[0], eps))
-        z.append(centred.mul_(columns[-1].scale).to(products))
-    return z[0], z[1], columns[0], columns[1]
+        means.append(centred.mean(dim=0))
+        centred -= means[-1]
+        squares.append(_column_dot(centred, centred))
+        both.append(centred)
+    columns_s, columns_t, apart = _columns(student, teacher, means, squares, eps, shard)
+    if apart is not None:
+        both[0] += apart[0]
+        both[1] += apart[1]
+    z_s, z_t = both[0].mul_(columns_s.scale).to(products), both[1].mul_(columns_t.scale).to(products)
+    return z_s, z_t, columns_s, columns_t
 
 
-def _columns(mean: Tensor, squares: Tensor, rows: int, eps: float) -> _Columns:
-    norm = squares.sqrt()
-    return _Columns(mean, norm, (norm + eps * rows**0.5).reciprocal())
+def _columns(
+    student: Tensor,
+    teacher: Tensor,
+    means: Sequence[Tensor] | Tensor,
+    squares: Sequence[Tensor] | Tensor,
+    eps: float,
+    shard: Shard | None,
+) -> tuple[_Columns, _Columns, Tensor | None]:
+    """The statistics of both sides; and (2, D) what to add to rows centred on a mean that is not the whole batch's."""
+    rows, apart = student.shape[0], None
+    if shard is not None and shard.by_rows:
+        first = torch.stack((student[0], teacher[0]))
+        means, squares, apart = merge_moments(
+            shard, rows, first, torch.stack(tuple(means)), torch.stack(tuple(squares))
+        )
+        rows = shard.rows
+    norms = [x.sqrt() for x in squares]
+    columns = [_Columns(mean, n, (n + eps * rows**0.5).reciprocal()) for mean, n in zip(means, norms, strict=True)]
+    return columns[0], columns[1], apart
 
 
 def _apply(columns: _Columns, x: Tensor) -> Tensor:
@@ -289,7 +323,7 @@ def _apply(columns: _Columns, x: Tensor) -> Tensor:
 
 def _column_dot(a: Tensor, b: Tensor) -> Tensor:
     """colsum(a o b), in at least float32."""
-    return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(dim=0)
+    return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(dim=-2)
 
 
 def _product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -305,9 +339,11 @@ def _autocasts(device: str) -> bool:
 
 def _streams(student: Tensor, teacher: Tensor) -> bool:
     """Whether tall inputs go block by block: on a CPU, in full precision."""
+    # Compiled code centres in few passes as it is, and gains from blocks where there are many.
+    rows = 8 * _BLOCK_ROWS if torch.compiler.is_compiling() else _BLOCK_ROWS
     return (
         student.device.type == "cpu"
-        and student.shape[0] >= _BLOCK_ROWS
+        and student.shape[0] >= rows
         and student.dtype == teacher.dtype == _product_dtype(student, teacher)
         and student.dtype in (torch.float32, torch.float64)
     )

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsd_loss._distributed import Shard, merge_moments, sum_over_features, sum_over_rows
 from rsd_loss._fused import _autocasts, _Once, _product_dtype
 
 try:
@@ -51,7 +52,9 @@ def unavailable(*embeddings: Tensor) -> str | None:
     return None
 
 
-def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def feature_losses(
+    student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Per-feature losses, P_jj and sum_i P_ij^2, as :func:`rsd_loss.reference.feature_losses`, in float32.
 
     Keeps until backward the embeddings and, in the dtype of the products (that of autocast, else of the embeddings),
@@ -62,6 +65,7 @@ def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float) -
         teacher: (B, D) embeddings on the same device; its gradient is computed only if it requires grad.
         kappa: Weight of the decorrelation term.
         eps: Added to the standard deviation.
+        shard: What these embeddings are of the batch of all processes, if they are not all of it.
 
     Returns:
         Three (D,) float32 tensors; only the first is differentiable, once.
@@ -71,7 +75,9 @@ def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float) -
     teacher_grad = torch.is_grad_enabled() and teacher.requires_grad
     # A (D, D) product costs B D^2 and a (B, B) or (B, B) x (B, D) one B^2 D; the wide side needs two for the value.
     tall = features * (1 + student_grad + teacher_grad) <= batch * (2 + 2 * teacher_grad)
-    args = (student, teacher, float(kappa), float(eps), tall)
+    if shard is not None:
+        tall = shard.by_rows
+    args = (student, teacher, float(kappa), float(eps), tall, shard)
     # Triton launches on the current device, which need not be the tensors'; compiled code sees to that itself.
     on_device = student.is_cuda and not torch.compiler.is_compiling()
     with torch.cuda.device(student.device) if on_device else nullcontext():
@@ -83,20 +89,20 @@ def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float) -
 class _FeatureLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, kappa: float, eps: float, tall: bool
+        ctx: Any, student: Tensor, teacher: Tensor, kappa: float, eps: float, tall: bool, shard: Shard | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        losses, d, q, z, stats, product = _forward(student, teacher, kappa, eps, tall)
+        losses, d, q, z, stats, product = _forward(student, teacher, kappa, eps, tall, shard)
         if not torch.compiler.is_compiling():  # spares two launches that fill zeros; the compiler drops them unasked
             ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(d, q)
         ctx.save_for_backward(student, teacher, d, q, z, stats, product)
-        ctx.kappa, ctx.tall = kappa, tall
+        ctx.kappa, ctx.tall, ctx.shard = kappa, tall, shard
         return losses, d, q
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         student, teacher, d, q, z, stats, product = ctx.saved_tensors
         grads: list[Tensor | None] = [None, None]
         # The products keep the dtype that forward gave them, whatever autocast is around backward().
@@ -109,18 +115,26 @@ class _FeatureLosses(torch.autograd.Function):
                 # The compiler traces this with strides that the upstream need not have when it runs.
                 u = upstream.contiguous() if torch.compiler.is_compiling() else upstream
                 stride = 1 if torch.compiler.is_compiling() else u.stride(0)
-                args = (u, stride, m, d, q, z, stats, grads[0], batch, features, ctx.kappa)
+                sizes = (batch, features, *_whole(z, ctx.shard))
                 grid = (-(-batch // _BLOCK_R) * -(-features // _BLOCK_C),)
+                args = (u, stride, m, d, q, z, stats, grads[0], *sizes, ctx.kappa)
                 _gradient[grid](*args, block_r=_BLOCK_R, block_c=_BLOCK_C)
             if ctx.needs_input_grad[1]:
-                grads[1] = _teacher_gradient(upstream, product, d, z, stats, ctx.kappa, teacher.dtype, ctx.tall)
+                grads[1] = _teacher_gradient(
+                    upstream, product, d, z, stats, ctx.kappa, teacher.dtype, ctx.tall, ctx.shard
+                )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = [None if g is None else _Once.apply(g, upstream, student, teacher) for g in grads]
-        return grads[0], grads[1], None, None, None
+        return grads[0], grads[1], None, None, None, None
+
+
+def _whole(z: Tensor, shard: Shard | None) -> tuple[int, int]:
+    """Rows and features of the whole batch, which every process scales by."""
+    return (z.shape[1], z.shape[2]) if shard is None else (shard.rows, shard.features)
 
 
 def _forward(
-    student: Tensor, teacher: Tensor, kappa: float, eps: float, tall: bool
+    student: Tensor, teacher: Tensor, kappa: float, eps: float, tall: bool, shard: Shard | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The losses, d and q; then what the gradients need: both z, their column factors, and P (tall) or M (wide)."""
     (batch, features), device = student.shape, student.device
@@ -131,32 +145,55 @@ def _forward(
     inputs = (student, teacher, *student.stride(), *teacher.stride())
     z = torch.empty((2, batch, features), dtype=_product_dtype(student, teacher), device=device)
     stats = torch.empty((2, 2, features), dtype=torch.float32, device=device)
-    moments = torch.empty((2, parts, 2, features), dtype=torch.float32, device=device) if parts > 1 else stats
-    if parts > 1:
+    by_rows = shard is not None and shard.by_rows
+    separate = parts > 1 or by_rows
+    moments = torch.empty((2, parts, 2, features), dtype=torch.float32, device=device) if separate else stats
+    if separate:
         _moments[grid](*inputs, moments, batch, features, chunk, **blocks)
-    max_parts = _PARTS if parts > 1 else 0
-    _standardise[grid](*inputs, moments, z, stats, batch, features, chunk, eps, max_parts=max_parts, **blocks)
-    product = torch.mm(z[1].T, z[0]) if tall else torch.mm(torch.mm(z[1], z[1].T), z[0])
+    if shard is not None and by_rows:
+        counts = torch.full((parts, 1), chunk, device=device)
+        counts[-1] = batch - (parts - 1) * chunk
+        means, squares = moments.unbind(dim=2)
+        mean = (counts * means).sum(dim=1) / batch
+        squares = (squares + counts * (means - mean.unsqueeze(1)).square()).sum(dim=1)
+        mean, squares, _ = merge_moments(shard, batch, torch.stack((student[0], teacher[0])), mean, squares)
+        # Every part is given the mean of all and its share of the squares, so that the kernel finds the same in them.
+        moments.copy_(torch.stack((mean, squares / parts), dim=1).unsqueeze(1))
+    whole = _whole(z, shard)
+    max_parts = _PARTS if separate else 0
+    _standardise[grid](*inputs, moments, z, stats, batch, features, *whole, chunk, eps, max_parts=max_parts, **blocks)
+    if tall:
+        product = sum_over_rows(torch.mm(z[1].T, z[0]), shard).to(z.dtype)
+    else:
+        product = torch.mm(sum_over_features(torch.mm(z[1], z[1].T), shard).to(z.dtype), z[0])
     losses = torch.empty(features, dtype=torch.float32, device=device)
     d, q = torch.empty_like(losses), torch.empty_like(losses)
-    _columns[grid[:1]](product, z, losses, d, q, batch, features, kappa, tall=tall, **blocks)
+    _columns[grid[:1]](product, z, losses, d, q, batch, features, *whole, kappa, tall=tall, **blocks)
     return losses, d, q, z, stats, product
 
 
 def _teacher_gradient(
-    upstream: Tensor, product: Tensor, d: Tensor, z: Tensor, stats: Tensor, kappa: float, dtype: torch.dtype, tall: bool
+    upstream: Tensor,
+    product: Tensor,
+    d: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    kappa: float,
+    dtype: torch.dtype,
+    tall: bool,
+    shard: Shard | None,
 ) -> Tensor:
     """The rare case, in torch: the roles swap (P -> P'), and the upstream gradient stands inside the product."""
     z_s, z_t = z
-    batch, features = z_s.shape
+    batch, features = _whole(z, shard)
     grow = max(1.0, features / batch)
     # Inside a half-precision product u must be O(1); its size, a GradScaler's 65536 say, comes back in float32.
-    size = upstream.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    size = sum_over_features(upstream.abs().amax().clamp_min(torch.finfo(torch.float32).tiny), shard)
     u = upstream / size
-    inner = (product * u).T if tall else torch.mm((z_s * u).to(z.dtype), z_s.T)
+    inner = (product * u).T if tall else sum_over_features(torch.mm((z_s * u).to(z.dtype), z_s.T), shard)
     m = torch.mm(z_s, inner.to(z.dtype)) if tall else torch.mm(inner, z_t)
     along = 2 * kappa * grow * m.float() + (2 * u * ((1 - kappa) * d - 1)) * z_s
-    through_norm = grow * (along * z_t).sum(dim=0)
+    through_norm = grow * sum_over_rows((along * z_t).sum(dim=0), shard)
     grad: Tensor = size * (stats[1, 0] * along - (stats[1, 1] * through_norm) * z_t)
     return grad.to(dtype)
 
@@ -221,7 +258,7 @@ def _moments(  # type: ignore[no-untyped-def]
 
 @_jit
 def _standardise_one(  # type: ignore[no-untyped-def]
-    x_ptr, row_stride, col_stride, moments_ptr, z_ptr, stats_ptr, batch, features, chunk, eps,
+    x_ptr, row_stride, col_stride, moments_ptr, z_ptr, stats_ptr, batch, features, all_rows, all_features, chunk, eps,
     max_parts: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * block_c + tl.arange(0, block_c)
@@ -239,8 +276,8 @@ def _standardise_one(  # type: ignore[no-untyped-def]
     else:
         mean, m2 = _moments_of(x_ptr, row_stride, col_stride, lo, hi, cols, col_mask, block_r, block_c)
     norm = tl.sqrt(m2)
-    scale = tl.sqrt(tl.minimum(1.0, batch / features))
-    inverse = 1.0 / (norm + eps * tl.sqrt(batch * 1.0))
+    scale = tl.sqrt(tl.minimum(1.0, all_rows / all_features))
+    inverse = 1.0 / (norm + eps * tl.sqrt(all_rows * 1.0))
     if tl.program_id(1) == 0:
         tl.store(stats_ptr + cols, inverse / scale, mask=col_mask)
         along = 1.0 / (scale * tl.where(norm > 0, norm, float("inf")))
@@ -255,28 +292,28 @@ def _standardise_one(  # type: ignore[no-untyped-def]
 
 @_jit
 def _standardise(  # type: ignore[no-untyped-def]
-    student_ptr, teacher_ptr, s_row, s_col, t_row, t_col, moments_ptr, z_ptr, stats_ptr, batch, features, chunk, eps,
-    max_parts: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
+    student_ptr, teacher_ptr, s_row, s_col, t_row, t_col, moments_ptr, z_ptr, stats_ptr, batch, features,
+    all_rows, all_features, chunk, eps, max_parts: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     """Writes z (2, B, D) and stats (2, 2, D) = 1 / (scale (n + eps sqrt(B))) and 1 / (scale n) or 0, student first."""
     if tl.program_id(2) == 0:
         _standardise_one(
-            student_ptr, s_row, s_col, moments_ptr, z_ptr, stats_ptr, batch, features, chunk, eps,
-            max_parts, block_r, block_c,
+            student_ptr, s_row, s_col, moments_ptr, z_ptr, stats_ptr, batch, features,
+            all_rows, all_features, chunk, eps, max_parts, block_r, block_c,
         )  # fmt: skip
     else:
         moments_ptr += tl.num_programs(1).to(tl.int64) * 2 * features
         z_ptr += batch.to(tl.int64) * features
         stats_ptr += 2 * features
         _standardise_one(
-            teacher_ptr, t_row, t_col, moments_ptr, z_ptr, stats_ptr, batch, features, chunk, eps,
-            max_parts, block_r, block_c,
+            teacher_ptr, t_row, t_col, moments_ptr, z_ptr, stats_ptr, batch, features,
+            all_rows, all_features, chunk, eps, max_parts, block_r, block_c,
         )  # fmt: skip
 
 
 @_jit
 def _columns(  # type: ignore[no-untyped-def]
-    product_ptr, z_ptr, losses_ptr, d_ptr, q_ptr, batch, features, kappa,
+    product_ptr, z_ptr, losses_ptr, d_ptr, q_ptr, batch, features, all_rows, all_features, kappa,
     tall: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     """The column sums d and q, over P (tall) or over M and both z (wide), and the losses."""
@@ -300,7 +337,7 @@ def _columns(  # type: ignore[no-untyped-def]
             z_t = tl.load(z_ptr + batch.to(tl.int64) * features + at, mask=inside, other=0.0).to(tl.float32)
             d_sum += z_t * z_s
             q_sum += product * z_s
-    grow = tl.maximum(1.0, features / batch)
+    grow = tl.maximum(1.0, all_features / all_rows)
     d = grow * tl.sum(d_sum, axis=0)
     q = grow * grow * tl.sum(q_sum, axis=0)
     tl.store(losses_ptr + cols, (d - 1) * (d - 1) + kappa * (q - d * d), mask=col_mask)
@@ -310,8 +347,8 @@ def _columns(  # type: ignore[no-untyped-def]
 
 @_jit
 def _gradient(  # type: ignore[no-untyped-def]
-    upstream_ptr, upstream_stride, m_ptr, d_ptr, q_ptr, z_ptr, stats_ptr, grad_ptr, batch, features, kappa,
-    block_r: tl.constexpr, block_c: tl.constexpr,
+    upstream_ptr, upstream_stride, m_ptr, d_ptr, q_ptr, z_ptr, stats_ptr, grad_ptr, batch, features,
+    all_rows, all_features, kappa, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     """The student's gradient, one tile: all in float32 until the last store, so u = 65536 meets no half."""
     column_blocks = tl.cdiv(features, block_c)
@@ -324,7 +361,7 @@ def _gradient(  # type: ignore[no-untyped-def]
     across = tl.load(stats_ptr + cols, mask=col_mask, other=0.0)
     along = tl.load(stats_ptr + features + cols, mask=col_mask, other=0.0)
     w = (1.0 - kappa) * d - 1.0
-    of_m = 2.0 * kappa * tl.maximum(1.0, features / batch)
+    of_m = 2.0 * kappa * tl.maximum(1.0, all_features / all_rows)
     of_s = 2.0 * (kappa * q + w * d) * along
     inside = (rows < batch)[:, None] & col_mask[None, :]
     at = rows[:, None].to(tl.int64) * features + cols[None, :]

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from rsd_loss import _fused, reference
+from rsd_loss import _distributed, _fused, reference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
 Reduction = Literal["sum", "mean", "none"]
 Implementation = Literal["auto", "fused", "triton", "reference"]
 
-# (student, teacher, kappa, eps) to (D,) losses, P_jj and sum_i P_ij^2; only the losses carry a gradient.
-FeatureLosses = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]
+# (student, teacher, kappa, eps, shard) to (D,) losses, P_jj and sum_i P_ij^2; only the losses carry a gradient.
+FeatureLosses = Callable[[Tensor, Tensor, float, float, _distributed.Shard | None], tuple[Tensor, Tensor, Tensor]]
 
 _REDUCTIONS = ("sum", "mean", "none")
 _IMPLEMENTATIONS = ("auto", "fused", "triton", "reference")
@@ -112,8 +111,10 @@ def rsd_loss(
         eps: Added to the standard deviation (outside the root), in the units of the embeddings.
         reduction: ``"sum"`` is the paper's loss; ``"mean"`` divides it by D, so that its weight does not depend on
             the width; ``"none"`` gives the (D,) losses of the student's features.
-        gather_distributed: Take the batch to be that of all processes in ``process_group``; so far for one process
-            only.
+        gather_distributed: Take the batch to be that of all processes in ``process_group``, whose numbers of rows may
+            differ. Every process gets the same loss, and gradients whose average over the processes, which
+            DistributedDataParallel and FSDP take, is the gradient of that loss. All processes must make the call. No
+            effect in a single process.
         process_group: The processes to gather over; the default group if None.
         implementation: ``"auto"`` picks the fastest; ``"fused"``, ``"triton"`` and ``"reference"`` give the same
             numbers by different means.
@@ -125,19 +126,17 @@ def rsd_loss(
 
     Raises:
         TypeError: An embedding is not a floating-point tensor, or kappa or eps not a number.
-        ValueError: Shapes, devices, ranges or names do not fit; the message says which and what to do.
+        ValueError: Shapes, devices, ranges or names do not fit, in this process or, gathering, between processes; the
+            message says which and what to do.
         RuntimeError: The implementation named cannot run here; the message says why.
-        NotImplementedError: ``gather_distributed=True`` with more than one process.
     """
-    check_settings(kappa, eps, reduction, implementation)
-    _check_gather(gather_distributed, process_group)
-    _check_embeddings(student, teacher)
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"student has {student.shape[1]} features and teacher {teacher.shape[1]}: "
-            f"project the student with DecouplingProjector({student.shape[1]}, {teacher.shape[1]})"
-        )
-    losses, d, q = _backend(implementation, student, teacher)(student, teacher, kappa, eps)
+    check_settings(kappa, eps, reduction, implementation, gather_distributed, process_group)
+    group = _distributed.group_or_none(process_group) if gather_distributed else None
+    if group is None:
+        _check_embeddings(student, teacher, same_width=True)
+        losses, d, q = _backend(implementation, student, teacher)(student, teacher, kappa, eps, None)
+    else:
+        losses, d, q = _gathered_losses(student, teacher, kappa, eps, implementation, group)
     loss = _reduce(losses, reduction)
     if not return_terms:
         return loss
@@ -161,8 +160,7 @@ def cross_correlation(
         student: (B, D_student) embeddings; B >= 2; float16, bfloat16, float32 or float64.
         teacher: (B, D_teacher) embeddings of the same samples in the same order; the widths may differ.
         eps: Added to the standard deviation (outside the root), in the units of the embeddings.
-        gather_distributed: Take the batch to be that of all processes in ``process_group``; so far for one process
-            only.
+        gather_distributed: Take the batch to be that of all processes in ``process_group``, as in :func:`rsd_loss`.
         process_group: The processes to gather over; the default group if None.
 
     Returns:
@@ -174,12 +172,54 @@ def cross_correlation(
     """
     _check_non_negative("eps", eps)
     _check_gather(gather_distributed, process_group)
-    _check_embeddings(student, teacher)
-    return reference.cross_correlation(student, teacher, eps)
+    group = _distributed.group_or_none(process_group) if gather_distributed else None
+    if group is None:
+        _check_embeddings(student, teacher)
+        return reference.cross_correlation(student, teacher, eps)
+    p: Tensor = _gathered_correlation(student, teacher, eps, group)
+    return p
 
 
-def check_settings(kappa: float, eps: float, reduction: str, implementation: str) -> None:
+# Whether the embeddings fit is for all processes to agree on before any of them sends, and how they are shared out
+# follows from what the others hold: decisions on the host, which a compiler leaves to Python.
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _gathered_losses(
+    student: Tensor, teacher: Tensor, kappa: float, eps: float, implementation: Implementation, group: "ProcessGroup"
+) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        _check_embeddings(student, teacher, same_width=True, min_rows=1)
+        feature_losses = _backend(implementation, student, teacher)
+    except (TypeError, ValueError, RuntimeError) as error:
+        _distributed.fail(error, group)
+    facts = {"kappa": kappa, "eps": eps, "implementation": implementation}
+    rows = _distributed.agree(student, teacher, facts, group)
+    if feature_losses is reference.feature_losses:  # sums as its equations do, whatever the shape
+        shard = _distributed.Shard(group, sum(rows), student.shape[1], by_rows=True)
+        return reference.feature_losses(student, teacher, kappa, eps, shard)
+    return _distributed.feature_losses(feature_losses, student, teacher, kappa, eps, rows, group)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _gathered_correlation(student: Tensor, teacher: Tensor, eps: float, group: "ProcessGroup") -> Tensor:
+    try:
+        _check_embeddings(student, teacher, min_rows=1)
+    except (TypeError, ValueError) as error:
+        _distributed.fail(error, group)
+    rows = _distributed.agree(student, teacher, {"eps": eps}, group)
+    shard = _distributed.Shard(group, sum(rows), student.shape[1], by_rows=True)
+    return reference.cross_correlation(student, teacher, eps, shard)
+
+
+def check_settings(
+    kappa: float,
+    eps: float,
+    reduction: str,
+    implementation: str,
+    gather_distributed: bool,
+    process_group: "ProcessGroup | None",
+) -> None:
     """Raises unless the arguments that RSDLoss shares with rsd_loss are valid."""
+    _check_gather(gather_distributed, process_group)
     _check_non_negative("kappa", kappa)
     _check_non_negative("eps", eps)
     for name, value, known in (
@@ -212,16 +252,11 @@ def _check_non_negative(name: str, value: float) -> None:
 
 
 def _check_gather(gather_distributed: bool, process_group: "ProcessGroup | None") -> None:
-    if not gather_distributed or not dist.is_available() or not dist.is_initialized():
-        return
-    if dist.get_world_size(process_group) > 1:
-        raise NotImplementedError(
-            f"gather_distributed=True is not there yet for {dist.get_world_size(process_group)} processes: "
-            "pass False for a loss of each process's own batch, which is what the paper's code does"
-        )
+    if process_group is not None and not gather_distributed:
+        raise ValueError("process_group is given but gather_distributed is False: pass gather_distributed=True with it")
 
 
-def _check_embeddings(student: Tensor, teacher: Tensor) -> None:
+def _check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False, min_rows: int = 2) -> None:
     """Raises unless both are (B, D) floating-point tensors that fit; looks at metadata only, never at values."""
     for name, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, Tensor):
@@ -241,14 +276,19 @@ def _check_embeddings(student: Tensor, teacher: Tensor) -> None:
             f"student has {student.shape[0]} rows and teacher {teacher.shape[0]}: "
             "row i of both must be the embedding of the same sample"
         )
-    if student.shape[0] < 2:
+    if student.shape[0] < min_rows:
         raise ValueError(
-            f"student and teacher must have at least 2 rows to correlate over, got {student.shape[0]}: "
-            "skip the batch, or set drop_last=True in the DataLoader"
+            f"student and teacher must have at least {min_rows} row{'s' * (min_rows > 1)} to correlate over, "
+            f"got {student.shape[0]}: skip the batch, or set drop_last=True in the DataLoader"
         )
     if student.device != teacher.device:
         raise ValueError(
             f"student is on {student.device} and teacher on {teacher.device}: move one with .to(student.device)"
+        )
+    if same_width and student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student has {student.shape[1]} features and teacher {teacher.shape[1]}: "
+            f"project the student with DecouplingProjector({student.shape[1]}, {teacher.shape[1]})"
         )
 
 

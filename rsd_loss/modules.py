@@ -21,7 +21,7 @@ class RSDLoss(nn.Module):
         kappa: Weight of the decorrelation term; the paper's value is 0.01.
         eps: Added to the standard deviation, in the units of the embeddings.
         reduction: ``"sum"`` (the paper), ``"mean"`` or ``"none"``.
-        gather_distributed: Take the batch to be that of all processes in ``process_group``; one so far.
+        gather_distributed: Take the batch to be that of all processes in ``process_group``.
         process_group: The processes to gather over; the default group if None.
         implementation: ``"auto"``, ``"fused"``, ``"triton"`` or ``"reference"``.
         return_terms: Return ``(loss, RSDTerms)`` rather than the loss.
@@ -48,7 +48,7 @@ class RSDLoss(nn.Module):
         return_terms: bool = False,
     ) -> None:
         super().__init__()
-        check_settings(kappa, eps, reduction, implementation)
+        check_settings(kappa, eps, reduction, implementation, gather_distributed, process_group)
         self.kappa = kappa
         self.eps = eps
         self.reduction = reduction

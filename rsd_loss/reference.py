@@ -6,26 +6,36 @@ The fast implementations compute the same numbers without the (D, D) matrix; see
 import torch
 from torch import Tensor
 
+from rsd_loss._distributed import Shard, sum_over_rows
 
-def standardise(x: Tensor, eps: float) -> Tensor:
+
+def standardise(x: Tensor, eps: float, shard: Shard | None = None) -> Tensor:
     """Zero mean and unit biased standard deviation per feature; eps is outside the root, unlike BatchNorm's."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (x - x.mean(dim=0)) / (x.std(dim=0, correction=0) + eps)
+    if shard is None:
+        return (x - x.mean(dim=0)) / (x.std(dim=0, correction=0) + eps)
+    centred = x - sum_over_rows(x.sum(dim=0), shard) / shard.rows
+    variance = sum_over_rows(centred.square().sum(dim=0), shard) / shard.rows
+    dead = variance == 0  # the root has no derivative there; let it be 0, as std does
+    return centred / (variance.masked_fill(dead, 1).sqrt().masked_fill(dead, 0) + eps)
 
 
-def cross_correlation(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+def cross_correlation(student: Tensor, teacher: Tensor, eps: float, shard: Shard | None = None) -> Tensor:
     """P = Zt' Zs / B, rows teacher, columns student."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     # Each side takes half of 1/B, so that no entry of a float16 product can overflow or vanish.
-    scale = student.shape[0] ** -0.5
-    z_s = (standardise(student, eps) * scale).to(dtype)
-    z_t = (standardise(teacher, eps) * scale).to(dtype)
-    return torch.mm(z_t.T, z_s)
+    scale = (student.shape[0] if shard is None else shard.rows) ** -0.5
+    z_s = (standardise(student, eps, shard) * scale).to(dtype)
+    z_t = (standardise(teacher, eps, shard) * scale).to(dtype)
+    p = torch.mm(z_t.T, z_s)
+    return sum_over_rows(p, shard).to(p.dtype)
 
 
-def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def feature_losses(
+    student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Per student feature j: the loss (P_jj - 1)^2 + kappa * sum_{i != j} P_ij^2, then P_jj and sum_i P_ij^2."""
-    p = cross_correlation(student, teacher, eps)
+    p = cross_correlation(student, teacher, eps, shard)
     p = p.to(torch.promote_types(p.dtype, torch.float32))
     d = p.diagonal()
     q = p.square().sum(dim=0)

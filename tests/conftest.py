@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pool import Pool
 
 import rsd_loss
 
@@ -58,3 +59,10 @@ def upstream(shape, dtype, seed=1):
     """A random gradient to pull back: ones would hide a factor lost or a sum taken twice."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory):
+    pool = Pool(tmp_path_factory.mktemp("pool"))
+    yield pool
+    pool.close()

@@ -1,0 +1,212 @@
+"""The batch of all processes in a group, each of which holds some of its rows.
+
+The batch is split one of two ways, whichever sends less:
+
+    by rows, D <= B:      every process keeps its rows; the moments and P (D, D) are sums over the processes.
+    by features, B < D:   the processes exchange blocks, so that each holds all rows of its share of the features and
+                          standardises them alone; K (B, B) is the sum over the processes.
+
+With W processes each then does 1/W of the arithmetic and holds no more than its own rows' worth of embeddings, and
+sends and receives about 2 D^2 numbers by rows, or 3 B D / W + 2 B^2 by features, where gathering everybody's rows
+would receive 2 B D. Every process gets the same loss. Gradients are those of the sum of all processes' losses (as in
+torch.distributed's own differentiable collectives), so that the average that DistributedDataParallel takes of them is
+the gradient of the one loss.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Shard(NamedTuple):
+    """How a process's embeddings are part of the whole batch; None stands for a batch that is all there."""
+
+    group: "ProcessGroup"
+    rows: int  # of the whole batch
+    features: int  # of the whole batch
+    by_rows: bool  # what a process holds: all features of some rows, else all rows of some features
+
+
+def sum_over_rows(x: Tensor, shard: Shard | None) -> Tensor:
+    """Completes a sum over the rows that this process holds; in float32 at least where that sends anything."""
+    return _Sum.apply(x, shard.group) if shard is not None and shard.by_rows else x
+
+
+def sum_over_features(x: Tensor, shard: Shard | None) -> Tensor:
+    """Completes a sum over the features that this process holds; in float32 at least where that sends anything."""
+    return _Sum.apply(x, shard.group) if shard is not None and not shard.by_rows else x
+
+
+def merge_moments(
+    shard: Shard, rows: int, first: Tensor, mean: Tensor, squares: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The moments of all rows from those of this process's (Chan, Golub and LeVeque).
+
+    Args:
+        shard: A batch split by rows.
+        rows: How many of them this process holds.
+        first: (2, D) first row of both sides, to which the means are relative.
+        mean: (2, D) means of the differences to the first row.
+        squares: (2, D) sums of squares about the means.
+
+    Returns:
+        Mean, relative to the same first row, and sum of squares of the whole batch; and the process's own mean less
+        that of the whole batch.
+    """
+    # float64, because processes have no common first row, and an offset of 1e4 would leave float32 few digits.
+    own = first.double() + mean
+    whole = _Sum.apply(rows * own, shard.group) / shard.rows
+    apart = (own - whole).to(mean.dtype)
+    return (whole - first).to(mean.dtype), _Sum.apply(squares + rows * apart.square(), shard.group), apart
+
+
+def group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None":
+    """The group to gather over, or None if there is none or it is this process alone."""
+    if not dist.is_available() or not dist.is_initialized():
+        if process_group is not None:
+            raise ValueError("process_group is given, but torch.distributed is not initialised: initialise it first")
+        return None
+    size = dist.get_world_size(process_group)
+    if size < 0:
+        raise ValueError(
+            f"process_group does not contain this process (rank {dist.get_rank()}): "
+            "call the loss in the group's members only, or pass each process the group that it is in"
+        )
+    group = dist.group.WORLD if process_group is None else process_group
+    return group if size > 1 else None
+
+
+def agree(student: Tensor, teacher: Tensor, facts: dict[str, Any], group: "ProcessGroup") -> list[int]:
+    """The rows of every process; raises in all of them if one has failed or they differ in what must be the same.
+
+    One small exchange that the processes wait for: none may start to send what another does not expect.
+    """
+    facts = {
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        "student's width": student.shape[1],
+        "teacher's width": teacher.shape[1],
+        "student's dtype": student.dtype,
+        "teacher's dtype": teacher.dtype,
+        "student.requires_grad": student.requires_grad,
+        "teacher.requires_grad": teacher.requires_grad,
+        **facts,
+    }
+    mine = [zlib.crc32(repr(fact).encode()) for fact in facts.values()]
+    rows, *theirs = _tell([student.shape[0], *mine], group)
+    if 0 in rows:
+        raise ValueError(f"rank {rows.index(0)} of the group was given bad input: its own error says what")
+    for (name, fact), code, codes in zip(facts.items(), mine, theirs, strict=False):
+        for rank, other in enumerate(codes):
+            if other != code:
+                raise ValueError(
+                    f"{name} must be the same in all processes of the group: it is {fact} in rank "
+                    f"{dist.get_rank(group)} and not in rank {rank}"
+                )
+    if sum(rows) < 2:
+        raise ValueError("student and teacher must have at least 2 rows over all processes to correlate over, got 1")
+    return rows
+
+
+def fail(error: Exception, group: "ProcessGroup") -> NoReturn:
+    """Raises the error here and, as no valid input is without rows, another in the processes that wait to agree."""
+    _tell([0], group)
+    raise error
+
+
+def _tell(numbers: list[int], group: "ProcessGroup") -> list[list[int]]:
+    """The numbers of every process: for each number, a list with one entry per process."""
+    # On the CPU if the group can: there it does not wait for the work that a GPU still has before it.
+    device = "cpu" if "cpu" in dist.get_backend_config(group) else torch.accelerator.current_accelerator()
+    sent = torch.tensor(numbers + [0] * (16 - len(numbers)), device=device)
+    received = sent.new_empty(dist.get_world_size(group) * 16)
+    dist.all_gather_into_tensor(received, sent, group=group)
+    columns: list[list[int]] = received.view(-1, 16).T.tolist()
+    return columns
+
+
+def feature_losses(
+    implementation: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    student: Tensor,
+    teacher: Tensor,
+    kappa: float,
+    eps: float,
+    rows: list[int],
+    group: "ProcessGroup",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of the whole batch through an implementation that takes a Shard, the same in every process."""
+    features, whole = student.shape[1], sum(rows)
+    if features <= whole:
+        losses, d, q = implementation(student, teacher, kappa, eps, Shard(group, whole, features, by_rows=True))
+        return _SumGradients.apply(losses, group), d, q
+    shares = [len(share) for share in torch.arange(features, device="cpu").tensor_split(len(rows))]
+    args = (_Exchange.apply(x, rows, shares, group) for x in (student, teacher))
+    shared = implementation(*args, kappa, eps, Shard(group, whole, features, by_rows=False))
+    rank = dist.get_rank(group)
+    before = sum(shares[:rank])
+    padding = (before, features - before - shares[rank])
+    losses, d, q = _Sum.apply(F.pad(torch.stack(shared), padding), group)
+    return losses, d.detach(), q.detach()
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes; so is its gradient, as each process's loss depends on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: "ProcessGroup") -> Tensor:
+        ctx.group = group
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grad, ctx.group), None
+
+
+class _SumGradients(torch.autograd.Function):
+    """What every process has computed alike; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: "ProcessGroup") -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grad, ctx.group), None
+
+
+class _Exchange(torch.autograd.Function):
+    """From this process's rows of all features (B_r, D) to its share of the features of all rows (B, D_r)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: list[int], shares: list[int], group: "ProcessGroup") -> Tensor:
+        ctx.args = (rows, shares, group)
+        share = shares[dist.get_rank(group)]
+        return torch.cat(_send(torch.split(x, shares, dim=1), [(n, share) for n in rows], group))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        rows, shares, group = ctx.args
+        own = rows[dist.get_rank(group)]
+        # Gradients of float16 or bfloat16 embeddings are rounded already, so that nothing is lost on the way.
+        return torch.cat(_send(torch.split(grad, rows), [(own, n) for n in shares], group), dim=1), None, None, None
+
+
+def _send(pieces: Sequence[Tensor], shapes: list[tuple[int, int]], group: "ProcessGroup") -> list[Tensor]:
+    """The i-th piece goes to the i-th process; what each of them sent comes back, in these shapes."""
+    sent = torch.cat([piece.reshape(-1) for piece in pieces])
+    sizes = [math.prod(shape) for shape in shapes]
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [piece.numel() for piece in pieces], group=group)
+    return [part.view(shape) for part, shape in zip(torch.split(received, sizes), shapes, strict=True)]
