@@ -187,20 +187,22 @@ class _SumGradients(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """From this process's rows of all features (B_r, D) to its share of the features of all rows (B, D_r)."""
+    """From this process's rows of all features (B_r, D) to its share of the features of all rows (B, D_r), or back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: list[int], shares: list[int], group: "ProcessGroup") -> Tensor:
-        ctx.args = (rows, shares, group)
-        share = shares[dist.get_rank(group)]
-        return torch.cat(_send(torch.split(x, shares, dim=1), [(n, share) for n in rows], group))
+    def forward(
+        ctx: Any, x: Tensor, rows: list[int], shares: list[int], group: "ProcessGroup", back: bool = False
+    ) -> Tensor:
+        ctx.args = (rows, shares, group, not back)
+        rank = dist.get_rank(group)
+        if back:
+            return torch.cat(_send(torch.split(x, rows), [(rows[rank], n) for n in shares], group), dim=1)
+        return torch.cat(_send(torch.split(x, shares, dim=1), [(n, shares[rank]) for n in rows], group))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        rows, shares, group = ctx.args
-        own = rows[dist.get_rank(group)]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Gradients of float16 or bfloat16 embeddings are rounded already, so that nothing is lost on the way.
-        return torch.cat(_send(torch.split(grad, rows), [(own, n) for n in shares], group), dim=1), None, None, None
+        return _Exchange.apply(grad, *ctx.args), None, None, None, None
 
 
 def _send(pieces: Sequence[Tensor], shapes: list[tuple[int, int]], group: "ProcessGroup") -> list[Tensor]:

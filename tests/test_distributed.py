@@ -3,17 +3,23 @@
 The truth is the loss of the concatenated rows in one process, which each process computes for itself.
 """
 
-import functools
+import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import pair, upstream
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
 
-from rsd_loss import rsd_loss
+from rsd_loss import DecouplingProjector, RSDLoss, cross_correlation, rsd_loss
 
 IMPLEMENTATIONS = ("reference", "fused")
-# Rows in each process, and features: tall and wide, D = B and one more, uneven, processes with one row and fewer than
-# two features each, features that do not divide, blocks that are streamed.
+# Rows of each process, and features: tall and wide, D = B and one more, uneven, processes with one row, with no feature
+# to share but one, features that do not divide, a batch streamed in blocks beside one that is not.
 SHARES = [
     ((8, 8), 6),
     ((3, 3), 40),
@@ -30,44 +36,336 @@ SHARES = [
 ]
 
 
-def shard(rank, rows, x):
+def own(rank, rows, x):
     """This process's rows of a whole batch, as a leaf."""
-    return x.split(rows)[rank].clone()
+    return x.detach().split(rows)[rank].clone().requires_grad_(x.requires_grad)
 
 
-def loss_and_gradients(rank, group, rows, features, implementation, reduction, dtype):
+def gathered(group, **settings):
+    return RSDLoss(gather_distributed=True, process_group=group, **settings)
+
+
+def loss_and_gradients(rank, group, rows, features, implementation, reduction):
     student, teacher = (x.requires_grad_() for x in pair(sum(rows), features))
     settings = {"kappa": 0.1, "reduction": reduction, "return_terms": True}
     want, want_terms = rsd_loss(student, teacher, implementation="reference", **settings)
     # A loss weighted differently in each process: the gradient is that of the sum of all processes' losses.
     weights = [upstream(want.shape, want.dtype, seed=r) for r in range(len(rows))]
     want_grads = torch.autograd.grad(want, (student, teacher), sum(weights))
-    ours = [shard(rank, rows, x.detach()).to(dtype).requires_grad_() for x in (student, teacher)]
-    got, terms = rsd_loss(
-        *ours, implementation=implementation, gather_distributed=True, process_group=group, **settings
-    )
-    # float64 within rounding; float32 by its own, times the number of terms and the cancellation between them.
-    close = functools.partial(
-        torch.testing.assert_close,
-        check_dtype=False,
-        **({"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}),
-    )
-    close(got, want)
-    close(torch.stack(terms), torch.stack(want_terms))
-    assert not any(term.requires_grad for term in terms)
-    grads = torch.autograd.grad(got, ours, weights[rank].to(got.dtype))
-    for grad, want_grad in zip(grads, want_grads, strict=True):
-        assert grad.dtype == dtype
-        close(grad, shard(rank, rows, want_grad))
+
+    ours = [own(rank, rows, x) for x in (student, teacher)]
+    criterion = gathered(group, implementation=implementation, **settings)
+    got, terms = criterion(*ours)
+    grads = torch.autograd.grad(got, ours, weights[rank], retain_graph=True)
+    assert_close([got, *terms], [want, *want_terms], rtol=1e-9, atol=1e-9)
+    assert_close(grads, tuple(own(rank, rows, x) for x in want_grads), rtol=1e-9, atol=1e-9)
+    assert_close(torch.autograd.grad(got, ours, weights[rank]), grads, rtol=0, atol=0)
     with torch.no_grad():
-        value, _ = rsd_loss(
-            *ours, implementation=implementation, gather_distributed=True, process_group=group, **settings
-        )
-    close(value, want)
+        assert_close(criterion(*ours)[0], want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("rows", "features"), SHARES, ids=str)
 def test_loss_and_gradients(pool, rows, features, implementation, reduction):
-    pool.run(len(rows), loss_and_gradients, rows, features, implementation, reduction, torch.float64)
+    pool.run(len(rows), loss_and_gradients, rows, features, implementation, reduction)
+
+
+def precision(rank, group, rows, features, implementation, dtype, offset):
+    """|ours - fp64| <= |plain formula in one process, same dtype - fp64| + tolerance."""
+    student, teacher = ((x + offset).to(dtype) for x in pair(sum(rows), features))
+    student.requires_grad_()
+    results = []
+    for x, criterion in (
+        (student.detach().double().requires_grad_(), RSDLoss(implementation="reference")),
+        (student, RSDLoss(implementation="reference")),
+        (own(rank, rows, student), gathered(group, implementation=implementation)),
+    ):
+        t = own(rank, rows, teacher) if criterion.gather_distributed else teacher.to(x.dtype)
+        value = criterion(x, t)
+        # Large enough to keep float16 gradients normal, and not so large that the plain formula's overflow.
+        scale = 1024 / len(rows) if criterion.gather_distributed else 1024
+        (grad,) = torch.autograd.grad(value, x, torch.tensor(scale, dtype=value.dtype))
+        results.append((value, grad if len(grad) == rows[rank] else own(rank, rows, grad)))
+    # Eight units of the largest: another order of rounding may err by a little more than the formula does.
+    unit = 8 * torch.finfo(dtype).eps
+    for want, allowed, got in zip(*results, strict=True):
+        assert got.dtype == allowed.dtype
+        assert got.isfinite().all()
+        error, allowed = ((x.double() - want).abs().max().item() for x in (got, allowed))
+        assert error <= allowed + unit * want.abs().max().item(), (error, allowed)
+
+
+@pytest.mark.parametrize("offset", [0, 1000])  # deviations of about 1: a mean in float32 keeps 4 digits of them
+@pytest.mark.parametrize(("dtype", "implementation"), [(torch.float32, "fused"), (torch.float32, "triton")], ids=str)
+@pytest.mark.parametrize(("rows", "features"), [((40, 8, 20), 16), ((4, 9), 40)], ids=str)
+def test_precision(pool, rows, features, implementation, dtype, offset):
+    if implementation == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    pool.run(len(rows), precision, rows, features, implementation, dtype, offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("rows", "features"), [((40, 8, 20), 16), ((4, 9), 40)], ids=str)
+def test_half_precision(pool, rows, features, implementation, dtype):
+    pool.run(len(rows), precision, rows, features, implementation, dtype, 0)
+
+
+def triton(rank, group, rows, features):
+    student, teacher = (x.requires_grad_() for x in pair(sum(rows), features))
+    want = rsd_loss(student, teacher, kappa=0.1, reduction="none", implementation="reference")
+    weights = [upstream(want.shape, want.dtype, seed=r) for r in range(len(rows))]
+    want_grads = torch.autograd.grad(want, (student, teacher), sum(weights))
+    ours = [own(rank, rows, x).detach().float().requires_grad_() for x in (student, teacher)]
+    got = gathered(group, implementation="triton", kappa=0.1, reduction="none")(*ours)
+    assert_close(got.double(), want, rtol=1e-5, atol=1e-5)  # float32
+    for grad, want_grad in zip(torch.autograd.grad(got, ours, weights[rank].float()), want_grads, strict=True):
+        assert_close(grad.double(), own(rank, rows, want_grad), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        got = gathered(group, implementation="triton", kappa=0.1, reduction="none")(*ours)
+        assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+# Besides: a process whose moments come in several parts, and the last of them short.
+@pytest.mark.parametrize(("rows", "features"), [*SHARES[:-1], ((1100, 3), 4)], ids=str)
+def test_triton_in_the_interpreter(pool, rows, features):
+    pytest.importorskip("triton", reason="triton is not installed")
+    pool.run(len(rows), triton, rows, features)
+
+
+def dead_and_constant(rank, group, rows, features, implementation):
+    """A feature that is constant everywhere, and one that is constant in each process but not over all of them."""
+    student, teacher = (x.requires_grad_() for x in pair(sum(rows), features))
+    with torch.no_grad():
+        for x in (student, teacher):
+            x[:, 0] = 3
+            x[:, 1] = torch.repeat_interleave(torch.arange(float(len(rows))), torch.tensor(rows))
+    want = rsd_loss(student, teacher)
+    (want_grad,) = torch.autograd.grad(want, student)
+    ours = own(rank, rows, student)
+    got = gathered(group, implementation=implementation)(ours, own(rank, rows, teacher).detach())
+    assert_close(got, want, rtol=1e-9, atol=1e-9)
+    (grad,) = torch.autograd.grad(got, ours)
+    assert_close(grad, len(rows) * own(rank, rows, want_grad), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("rows", "features"), [((4, 5), 6), ((2, 3), 16)], ids=str)
+def test_features_constant_in_a_process(pool, rows, features, implementation):
+    pool.run(len(rows), dead_and_constant, rows, features, implementation)
+
+
+def correlation(rank, group, rows, widths):
+    whole = sum(rows)
+    student, teacher = (pair(whole, width, seed=width)[0].requires_grad_() for width in widths)
+    want = cross_correlation(student, teacher)
+    u = upstream(want.shape, want.dtype)
+    want_grads = torch.autograd.grad(want, (student, teacher), len(rows) * u)
+    ours = [own(rank, rows, x) for x in (student, teacher)]
+    got = cross_correlation(*ours, gather_distributed=True, process_group=group)
+    assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert_close(torch.autograd.grad(got, ours, u), tuple(own(rank, rows, x) for x in want_grads), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("widths", [(5, 3), (3, 40)])
+def test_cross_correlation(pool, widths):
+    pool.run(3, correlation, (4, 1, 7), widths)
+
+
+class Student(nn.Module):
+    """An encoder with the projector inside, as DistributedDataParallel wants it; GroupNorm for a small norm layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(10, 12), nn.GroupNorm(3, 12), nn.GELU(), nn.Linear(12, 8))
+        self.projector = DecouplingProjector(8, 24)
+        # Over all processes the norm needs SyncBatchNorm, which runs on GPUs only.
+        self.projector.norm = nn.GroupNorm(4, 16)
+
+    def forward(self, x):
+        embedding = self.encoder(x)
+        return embedding.mean(), self.projector(embedding)
+
+
+def training(rank, group, rows, wrapper, compiled):
+    """Twenty steps leave the same parameters as one process does with the concatenated batches."""
+    torch.manual_seed(0)
+    alone = Student().double()
+    ours = copy.deepcopy(alone)
+    if wrapper == "ddp":
+        ours = DistributedDataParallel(ours, process_group=group)
+    else:
+        fully_shard(ours, mesh=init_device_mesh("cpu", (len(rows),)))
+    criterion = gathered(group)
+    if compiled:
+        torch._dynamo.reset()
+        criterion = torch.compile(criterion, backend="aot_eager")
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (alone, ours)]
+    for step in range(20):
+        images, teacher = torch.randn(sum(rows), 10).double(), torch.randn(sum(rows), 24).double()
+        _, projected = alone(images)
+        RSDLoss()(projected, teacher).backward()
+        _, projected = ours(images.split(rows)[rank])
+        criterion(projected, teacher.split(rows)[rank]).backward()
+        for parameter, (name, want) in zip(ours.parameters(), alone.named_parameters(), strict=True):
+            got = parameter.grad.full_tensor() if wrapper == "fsdp" else parameter.grad
+            assert_close(got, want.grad, rtol=1e-9, atol=1e-9, msg=lambda m, at=(step, name): f"{at}: {m}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for parameter, want in zip(ours.parameters(), alone.parameters(), strict=True):
+        # Adam divides by the root of small squares, which magnifies rounding.
+        assert_close(parameter.full_tensor() if wrapper == "fsdp" else parameter, want, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("rows", [(20, 20), (5, 5), (3, 9, 2, 4)], ids=str)
+def test_training_with_ddp(pool, rows, compiled):
+    pool.run(len(rows), training, rows, "ddp", compiled)
+
+
+@pytest.mark.parametrize("rows", [(7, 7, 7, 7), (3, 3, 3, 3)], ids=str)
+def test_training_with_fsdp2(pool, rows):
+    pool.run(4, training, rows, "fsdp", False)
+
+
+def compiled_step(rank, group, implementation, rows, features):
+    torch._dynamo.reset()
+    student, teacher = (x.requires_grad_() for x in pair(sum(rows), features, torch.float32))
+
+    def step(student, teacher):
+        settings = {"gather_distributed": True, "process_group": group, "implementation": implementation}
+        return rsd_loss(2 * student, teacher, **settings) + student.mean()
+
+    results = []
+    for f in (step, torch.compile(step)):
+        ours = [own(rank, rows, x) for x in (student, teacher)]
+        value = f(*ours)
+        results.append([value, *torch.autograd.grad(value, ours)])
+    assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("features", [4, 40])
+def test_compiled(pool, features, implementation):
+    pool.run(2, compiled_step, implementation, (8, 5), features)
+
+
+def second_derivative(rank, group, rows, features, implementation):
+    student, teacher = (x.requires_grad_() for x in pair(sum(rows), features))
+
+    def penalty(x, t, criterion):
+        (grad,) = torch.autograd.grad(criterion(x, t), x, create_graph=True)
+        return grad.square().sum()
+
+    ours = own(rank, rows, student)
+    own_penalty = penalty(ours, own(rank, rows, teacher), gathered(group, implementation=implementation))
+    if implementation == "fused":
+        with pytest.raises(RuntimeError, match='pass implementation="reference"'):
+            torch.autograd.grad(own_penalty, ours)
+        return
+    (got,) = torch.autograd.grad(own_penalty, ours)
+    # The local gradients are W times those of the one loss, and each process has the squares of its own rows.
+    want = penalty(student, teacher, RSDLoss(implementation="reference"))
+    (want_grad,) = torch.autograd.grad(len(rows) ** 2 * want, student)
+    assert_close(got, own(rank, rows, want_grad), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("features", [4, 40])
+def test_second_derivative(pool, features, implementation):
+    pool.run(2, second_derivative, (4, 5), features, implementation)
+
+
+def raises_everywhere(rank, group, case):
+    student, teacher = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+    settings = {"gather_distributed": True, "process_group": group}
+    differs = "must be the same in all processes of the group"
+    bad = "rank 1 of the group was given bad input"
+    match case, rank:
+        case "width", 1:
+            student, teacher, message = student[:, :5], teacher[:, :5], f"student's width {differs}: it is 5 in rank 1"
+        case "width", _:
+            message = f"student's width {differs}: it is 6 in rank {rank} and not in rank 1"
+        case "gradient", 1:
+            student, message = student.detach(), f"student.requires_grad {differs}: it is False"
+        case "gradient", _:
+            message = f"student.requires_grad {differs}: it is True"
+        case "dtype", 1:
+            student, message = student.half(), f"student's dtype {differs}"
+        case "dtype", _:
+            message = f"student's dtype {differs}"
+        case "kappa", _:
+            settings["kappa"], message = 0.01 * (1 + rank), f"kappa {differs}"
+        case "implementation", _:
+            settings["implementation"] = "fused" if rank == 1 else "reference"
+            message = f"implementation {differs}"
+        case "shape", 1:
+            student, message = student[None], "student must be \\(batch, features\\), got shape \\(1, 4, 6\\)"
+        case "unavailable", 1:
+            student, teacher, message = student.double(), teacher.double(), "triton"
+        case "empty", 1:
+            student, teacher, message = student[:0], teacher[:0], "must have at least 1 row to correlate over, got 0"
+        case "shape" | "empty" | "unavailable", _:
+            message = bad
+    if case == "unavailable":
+        settings["implementation"] = "triton"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        rsd_loss(student, teacher, **settings)
+    if case in ("width", "gradient", "shape", "empty"):
+        settings.pop("kappa", None)
+        with pytest.raises(ValueError, match=message):
+            cross_correlation(student, teacher, **settings)
+    # Nothing is left behind that the next call would trip over.
+    rsd_loss(torch.randn(4, 6), torch.randn(4, 6), gather_distributed=True, process_group=group)
+
+
+@pytest.mark.parametrize(
+    "case", ["width", "gradient", "dtype", "kappa", "implementation", "shape", "unavailable", "empty"]
+)
+def test_an_error_in_one_process_is_one_in_all(pool, case):
+    pool.run(3, raises_everywhere, case)
+
+
+def one_row_each(rank, group):
+    settings = {"gather_distributed": True, "process_group": group}
+    assert rsd_loss(torch.randn(1, 6), torch.randn(1, 6), **settings).isfinite()
+    with pytest.raises(ValueError, match="at least 2 rows to correlate over, got 1"):
+        rsd_loss(torch.randn(1, 6), torch.randn(1, 6))
+
+
+def test_one_row_in_each_process(pool):
+    pool.run(2, one_row_each)
+
+
+def other_groups(rank, _):
+    """A group that this process is not in, one of it alone, and a loss of its own rows beside."""
+    groups = [dist.new_group([r]) for r in range(4)]
+    student, teacher = (x[8 * rank : 8 * rank + 8] for x in pair(32, 6))
+    with pytest.raises(ValueError, match=rf"process_group does not contain this process \(rank {rank}\)"):
+        rsd_loss(student, teacher, gather_distributed=True, process_group=groups[rank - 1])
+    local = rsd_loss(student, teacher)
+    assert rsd_loss(student, teacher, gather_distributed=True, process_group=groups[rank]) == local
+    assert rsd_loss(student, teacher, gather_distributed=True) != local
+
+
+def test_groups(pool):
+    pool.run(4, other_groups)
+
+
+def test_one_process_is_the_same_as_off():
+    student, teacher = torch.randn(8, 6), torch.randn(8, 6)
+    for call in (rsd_loss, cross_correlation):
+        assert torch.equal(call(student, teacher, gather_distributed=True), call(student, teacher))
+
+
+def test_a_group_that_would_be_ignored(pool):
+    student, teacher = torch.randn(8, 6), torch.randn(8, 6)
+    group = object()
+    for call in (rsd_loss, cross_correlation, lambda *_, **settings: RSDLoss(**settings)):
+        with pytest.raises(ValueError, match="process_group is given but gather_distributed is False"):
+            call(student, teacher, process_group=group)
+    for call in (rsd_loss, cross_correlation):
+        with pytest.raises(ValueError, match=r"torch\.distributed is not initialised: initialise it first"):
+            call(student, teacher, gather_distributed=True, process_group=group)
