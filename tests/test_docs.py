@@ -5,6 +5,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from rsd_loss import DecouplingProjector
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,3 +47,40 @@ def test_digits_example(tmp_path):
     # The tenth part would be chance; two epochs teach the teacher something.
     assert accuracies["teacher"][0] > 50
     assert [len(values) for values in accuracies.values()] == [1, 1, 1, 1]
+
+
+def test_large_batch_example():
+    pytest.importorskip("sklearn", reason="the example needs the demo extra")
+    example = runpy.run_path(str(ROOT / "docs" / "examples" / "large_batch.py"))
+    assert example["main"]() < 1e-5  # float32
+
+
+def test_large_batch_repeats_random_choices_in_less_memory():
+    pytest.importorskip("sklearn", reason="the example needs the demo extra")
+    measure = pytest.importorskip("benchmarks.measure", reason="the benchmarks are in a checkout only")
+    example = runpy.run_path(str(ROOT / "docs" / "examples" / "large_batch.py"))
+    torch.manual_seed(0)
+    # Normalisation over the batch has no place in an encoder that sees a part of it.
+    encoder = nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Dropout(0.5), nn.LayerNorm(256), nn.Linear(256, 8))
+    modules = nn.ModuleList((encoder, DecouplingProjector(8, 12), nn.Linear(8, 3)))
+    images, labels, teacher = torch.randn(1000, 16), torch.randint(3, (1000,)), torch.randn(1000, 12)
+
+    class InParts(nn.Module):
+        """The encoder in micro-batches, which all stay in memory: the same random choices in the same order."""
+
+        def forward(self, images):
+            return torch.cat([encoder(part) for part in images.split(100)])
+
+    results, peaks = [], []
+    for step, first, settings in (("whole", InParts(), {}), ("accumulate", encoder, {"micro_batch": 100})):
+
+        def run(step=step, first=first, settings=settings):
+            modules.zero_grad()
+            torch.manual_seed(1)
+            example[step](first, *modules[1:], images, labels, teacher, **settings)
+
+        run()
+        results.append([*(parameter.grad.clone() for parameter in modules.parameters()), torch.rand(1)])
+        peaks.append(measure.peak_bytes(run, images.device))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert peaks[1] < peaks[0] / 3, peaks
