@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from rsd_loss import _distributed, _fused, reference
 
@@ -181,8 +182,9 @@ def cross_correlation(
 
 
 # Whether the embeddings fit is for all processes to agree on before any of them sends, and how they are shared out
-# follows from what the others hold: decisions on the host, which a compiler leaves to Python.
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+# follows from what the others hold: decisions on the host, which the compiler leaves to Python. The decorator does what
+# torch.compiler.disable does, and does not load the compiler when this module is imported.
+@_disable_dynamo
 def _gathered_losses(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, implementation: Implementation, group: "ProcessGroup"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +201,7 @@ def _gathered_losses(
     return _distributed.feature_losses(feature_losses, student, teacher, kappa, eps, rows, group)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@_disable_dynamo
 def _gathered_correlation(student: Tensor, teacher: Tensor, eps: float, group: "ProcessGroup") -> Tensor:
     try:
         _check_embeddings(student, teacher, min_rows=1)
