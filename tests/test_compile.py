@@ -24,7 +24,7 @@ def test_changing_batch_sizes(implementation, features):
         u = upstream((), torch.float32)
         grads = [torch.autograd.grad(x, student, u)[0] for x in (got, want)]
         torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5 * grads[1].abs().max().item())
-    assert counter.frame_count <= {"reference": 1, "fused": 3}[implementation]
+    assert counter.frame_count <= {"reference": 2, "fused": 3}[implementation]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
