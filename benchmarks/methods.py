@@ -48,7 +48,7 @@ Build = Callable[[Setup, nn.ModuleList], Term]
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
     """T^2 KL(teacher || student) of softened logits (Hinton, Vinyals and Dean, 2015)."""
-    log_s, log_t = (F.log_softmax(x.float() / temperature, dim=1) for x in (student, teacher))
+    log_s, log_t = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
@@ -59,7 +59,7 @@ def dkd_loss(
     target = F.one_hot(labels, student.shape[1]).bool()
 
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = F.log_softmax(logits.float() / temperature, dim=1)
+        log_p = F.log_softmax(logits / temperature, dim=1)
         rest = log_p.masked_fill(target, -math.inf).logsumexp(dim=1)
         binary = torch.stack((log_p[target], rest), dim=1)
         others = log_p[~target].view(len(log_p), -1)
@@ -75,7 +75,7 @@ def dist_loss(
     student: Tensor, teacher: Tensor, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0
 ) -> Tensor:
     """DIST (Huang et al., NeurIPS 2022): one minus Pearson's correlation, within samples and within classes."""
-    s, t = (F.softmax(x.float() / temperature, dim=1) for x in (student, teacher))
+    s, t = (F.softmax(x / temperature, dim=1) for x in (student, teacher))
 
     def distance(a: Tensor, b: Tensor, dim: int) -> Tensor:
         a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
@@ -90,9 +90,9 @@ def ofa_loss(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float = 1.
     The label's own cross-entropy is part of it, and the surer the teacher is of the label, the more it counts.
     """
     target = F.one_hot(labels, student.shape[1]).bool()
-    p_t = F.softmax(teacher.float(), dim=1)
+    p_t = F.softmax(teacher, dim=1)
     weights = torch.where(target, (1 + p_t) ** gamma, p_t)
-    return -(weights * F.log_softmax(student.float(), dim=1)).sum(dim=1).mean()
+    return -(weights * F.log_softmax(student, dim=1)).sum(dim=1).mean()
 
 
 def sdd_loss(
@@ -104,16 +104,17 @@ def sdd_loss(
     image is complementary and counts beta-fold.
     """
     whole = teacher.mean(dim=(2, 3)).argmax(dim=1)
-    total = student.new_zeros((), dtype=torch.float32)
+    total = student.new_zeros(())
     for scale in scales:
         cells_s, cells_t = (
-            rearrange(F.adaptive_avg_pool2d(x.float(), scale), "b k h w -> (h w) b k") for x in (student, teacher)
+            rearrange(F.adaptive_avg_pool2d(x, scale), "b k h w -> (h w) b k") for x in (student, teacher)
         )
         for s, t in zip(cells_s, cells_t, strict=True):
             other = t.argmax(dim=1) != whole
             for chosen, factor in ((~other, 1.0), (other, beta)):
                 if chosen.any():
-                    share = chosen.float().mean()  # dkd_loss is a mean, and what is wanted a sum over the whole batch
+                    # dkd_loss is a mean; what is wanted is these images' part of the mean over the batch.
+                    share = chosen.to(s.dtype).mean()
                     total = total + factor * share * dkd_loss(s[chosen], t[chosen], labels[chosen])
     return total
 
@@ -152,7 +153,7 @@ def sdd(setup: Setup, added: nn.ModuleList) -> Term:
             raise ValueError("sdd needs convolutional networks with global average pooling and a linear classifier")
 
     def logit_map(head: nn.Module, dense: Tensor) -> Tensor:
-        return head(dense.float().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return head(dense.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).float()
 
     def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -174,7 +175,7 @@ def ofa(setup: Setup, added: nn.ModuleList) -> Term:
     projectors = _ofa_projectors(setup, added)
 
     def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
-        branches = [projector(stage) for projector, stage in zip(projectors, s.stages, strict=True)]
+        branches = [projector(stage).float() for projector, stage in zip(projectors, s.stages, strict=True)]
         total = torch.stack([ofa_loss(logits, t.logits, y) for logits in (*branches, s.logits)]).sum()
         return total - F.cross_entropy(s.logits, y)  # which the total loss has already
 
@@ -236,8 +237,8 @@ def ofa_rsd(setup: Setup, added: nn.ModuleList) -> Term:
     projectors, criterion = _ofa_projectors(setup, added), _criterion(setup)
 
     def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
-        branches = [projector(stage) for projector, stage in zip(projectors, s.stages, strict=True)]
-        return torch.stack([criterion(logits.float(), t.logits) for logits in (*branches, s.logits)]).sum()
+        branches = [projector(stage).float() for projector, stage in zip(projectors, s.stages, strict=True)]
+        return torch.stack([criterion(logits, t.logits) for logits in (*branches, s.logits)]).sum()
 
     return term
 
@@ -259,8 +260,8 @@ def _projected(
 
 
 def _ofa_projectors(setup: Setup, added: nn.ModuleList) -> list[nn.Module]:
-    last = setup.student.stages[-1]
-    side = last.shape[2] if last.ndim == 4 else max(1, math.isqrt(last.shape[1]) // 2)
+    first, last = (x.shape[2] if x.ndim == 4 else math.isqrt(x.shape[1]) for x in setup.student.stages[::3])
+    side = last if first > last else max(1, last // 2)  # a network that keeps its grid gives half of it
     widths = (setup.student.embedding.shape[1], setup.teacher.embedding.shape[1])
     projectors = [
         ofa_projector(stage.shape[1:], i, widths, setup.student.logits.shape[1], side)
