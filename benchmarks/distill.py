@@ -165,11 +165,13 @@ def take(targets: Outputs, rows: Tensor) -> Outputs:
 
 @dataclass
 class Run:
-    """One line of the CSV; those up to warmup say which run it is."""
+    """One line of the CSV; the fields up to warmup say which run it is."""
 
+    data: str
     pair: str
     method: str
     seed: int
+    teacher_epochs: int
     epochs: int
     batch: int
     precision: str
@@ -191,7 +193,11 @@ class Run:
 
     @property
     def key(self) -> tuple[str, ...]:
-        return tuple(_cell(value) for value in list(asdict(self).values())[:11])
+        return tuple(_cell(getattr(self, name)) for name in KEY)
+
+
+COLUMNS = [field.name for field in fields(Run)]
+KEY = COLUMNS[: COLUMNS.index("warmup") + 1]
 
 
 def _cell(value: object) -> str:
@@ -202,7 +208,7 @@ def append(run: Run, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Run)])
+        writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
         writer.writerow({name: _cell(value) for name, value in asdict(run).items()})
@@ -213,7 +219,10 @@ def finished(path: Path) -> set[tuple[str, ...]]:
     if not path.exists():
         return set()
     with path.open(newline="") as file:
-        return {tuple(line[field.name] for field in fields(Run)[:11]) for line in csv.DictReader(file)}
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise SystemExit(f"{path} has other columns than this version writes: name another file with --csv")
+        return {tuple(line[name] for name in KEY) for line in reader}
 
 
 def cosine(steps: int) -> Callable[[int], float]:
@@ -238,7 +247,7 @@ class Bench:
             "date": date.today().isoformat(),
             "command": args.command,
         }
-        # What torch fuses on a CPU is the slower in bfloat16: 0.43 s against 0.15 s for a step of vit_small.
+        # What torch fuses is slower in bfloat16 on a CPU: 0.43 s against 0.15 s for a step of vit_small on one core.
         set_fused_attn(self.device.type != "cpu")
 
     def model(self, name: str) -> nn.Module:
@@ -328,9 +337,8 @@ class Bench:
     def train_teacher(self, name: str) -> dict[str, Any]:
         args, method = self.args, METHODS["kd" if name in TAUGHT_BY else "none"]
         batch = min(128, len(self.data.train.labels))
-        run = Run(
-            name, "teacher", 0, args.teacher_epochs, batch, precision(args), args.views, method.weight, None, "", 0.0
-        )
+        settings = {"epochs": args.teacher_epochs, "batch": batch, "weight": method.weight, "kappa": None}
+        run = Run(pair=name, method="teacher", seed=0, reduction="", warmup=0.0, **settings, **shared(args))
         torch.manual_seed(0)
         model = self.model(name)
         if name in TAUGHT_BY:
@@ -381,6 +389,16 @@ def precision(args: argparse.Namespace) -> str:
     return "bfloat16" if args.bfloat16 else "float32"
 
 
+def shared(args: argparse.Namespace) -> dict[str, Any]:
+    """What all runs of one call have in common."""
+    return {
+        "data": Path(args.data).name,
+        "teacher_epochs": args.teacher_epochs,
+        "precision": precision(args),
+        "views": args.views,
+    }
+
+
 def planned(args: argparse.Namespace) -> list[Run]:
     runs = []
     for seed, pair, name in itertools.product(args.seeds, args.pairs, args.methods or METHODS):
@@ -392,8 +410,9 @@ def planned(args: argparse.Namespace) -> list[Run]:
         reductions = args.reductions if method.kappa is not None else [""]
         warmup = method.warmup if args.warmup is None else args.warmup
         for batch, weight, kappa, reduction in itertools.product(args.batches, weights, kappas, reductions):
-            row = (pair, name, seed, args.epochs, batch, precision(args), args.views, weight, kappa, reduction, warmup)
-            runs.append(Run(*row))
+            settings = {"weight": weight, "kappa": kappa, "reduction": reduction, "warmup": warmup}
+            run = Run(pair=pair, method=name, seed=seed, epochs=args.epochs, batch=batch, **settings, **shared(args))
+            runs.append(run)
     return runs
 
 
