@@ -441,7 +441,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--kappas", type=float, nargs="+", default=[0.01], help="default: 0.01")
     add("--reductions", choices=("sum", "mean"), nargs="+", default=["sum"], help="default: sum")
     add("--warmup", type=float, help="share of the run over which the weight grows (default: the method's own)")
-    add("--teacher-epochs", type=int, default=40, help="default: %(default)s")
+    add("--teacher-epochs", type=int, default=30, help="default: %(default)s")
     add("--views", type=int, default=8, help="augmented views of each image (default: %(default)s)")
     add("--device", default="cpu", help="default: %(default)s")
     add("--threads", type=int, help="for torch (default: its own choice)")
