@@ -1,0 +1,358 @@
+"""What the student is taught, beside its labels: each method is a function that makes one loss term.
+
+A method gets a `Setup` and a list to which it appends the modules that are trained with the student and dropped
+afterwards, and returns a function of (student's outputs, teacher's outputs, labels). The total loss is the same for
+all: `cross_entropy + weight * term`, with the weight that METHODS names.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from rsd_loss import DecouplingProjector, RSDLoss
+from rsd_loss.features import dense_pairs, pool
+
+
+class Outputs(NamedTuple):
+    """What a network makes of a batch; maps are (B, C, H, W), token grids (B, N, C)."""
+
+    logits: Tensor  # (B, classes)
+    embedding: Tensor  # (B, D), what the classifier sees
+    stages: list[Tensor]  # four maps or token grids, first to last; of a teacher their averages over space, (B, C)
+    dense: Tensor  # the last map or token grid
+
+
+class Setup(NamedTuple):
+    """What a method may look at to build its modules."""
+
+    student: Outputs  # of some batch, for the widths
+    teacher: Outputs
+    student_head: nn.Module  # the classifiers
+    teacher_head: nn.Module
+    kappa: float
+    reduction: str
+
+
+Term = Callable[[Outputs, Outputs, Tensor], Tensor]
+Build = Callable[[Setup, nn.ModuleList], Term]
+
+
+# Losses of logits
+
+
+def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """T^2 KL(teacher || student) of softened logits (Hinton, Vinyals and Dean, 2015)."""
+    log_s, log_t = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
+    return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+def dkd_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
+) -> Tensor:
+    """Decoupled KD (Zhao et al., CVPR 2022): alpha * target against the rest + beta * the rest among themselves."""
+    target = F.one_hot(labels, student.shape[1]).bool()
+
+    def split(logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(logits / temperature, dim=1)
+        rest = log_p.masked_fill(target, -math.inf).logsumexp(dim=1)
+        binary = torch.stack((log_p[target], rest), dim=1)
+        others = log_p[~target].view(len(log_p), -1)
+        return binary, others.log_softmax(dim=1)
+
+    (binary_s, others_s), (binary_t, others_t) = split(student), split(teacher)
+    tckd = F.kl_div(binary_s, binary_t, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(others_s, others_t, reduction="batchmean", log_target=True)
+    return temperature**2 * (alpha * tckd + beta * nckd)
+
+
+def dist_loss(
+    student: Tensor, teacher: Tensor, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0
+) -> Tensor:
+    """DIST (Huang et al., NeurIPS 2022): one minus Pearson's correlation, within samples and within classes."""
+    s, t = (F.softmax(x / temperature, dim=1) for x in (student, teacher))
+
+    def distance(a: Tensor, b: Tensor, dim: int) -> Tensor:
+        a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
+        return 1 - F.cosine_similarity(a, b, dim=dim).mean()
+
+    return temperature**2 * (beta * distance(s, t, 1) + gamma * distance(s, t, 0))
+
+
+def ofa_loss(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float = 1.0) -> Tensor:
+    """OFA (Hao et al., NeurIPS 2023): -(1 + p_t)^gamma log p_s of the label, - p_t log p_s of every other class.
+
+    The label's own cross-entropy is part of it, and the surer the teacher is of the label, the more it counts.
+    """
+    target = F.one_hot(labels, student.shape[1]).bool()
+    p_t = F.softmax(teacher, dim=1)
+    weights = torch.where(target, (1 + p_t) ** gamma, p_t)
+    return -(weights * F.log_softmax(student, dim=1)).sum(dim=1).mean()
+
+
+def sdd_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, scales: tuple[int, ...] = (1, 2), beta: float = 2.0
+) -> Tensor:
+    """Scale decoupled distillation (Wei, Luo and Luo, CVPR 2024) of (B, classes, H, W) maps of logits, with DKD.
+
+    The sum of the losses of all cells at all scales; a cell in which the teacher sees another class than in the whole
+    image is complementary and counts beta-fold.
+    """
+    whole = teacher.mean(dim=(2, 3)).argmax(dim=1)
+    total = student.new_zeros(())
+    for scale in scales:
+        cells_s, cells_t = (
+            rearrange(F.adaptive_avg_pool2d(x, scale), "b k h w -> (h w) b k") for x in (student, teacher)
+        )
+        for s, t in zip(cells_s, cells_t, strict=True):
+            other = t.argmax(dim=1) != whole
+            for chosen, factor in ((~other, 1.0), (other, beta)):
+                if chosen.any():
+                    # dkd_loss is a mean; what is wanted is these images' part of the mean over the batch.
+                    share = chosen.to(s.dtype).mean()
+                    total = total + factor * share * dkd_loss(s[chosen], t[chosen], labels[chosen])
+    return total
+
+
+# Methods
+
+
+def none(setup: Setup, added: nn.ModuleList) -> Term:
+    """The student alone."""
+    return lambda s, t, y: s.logits.new_zeros(())
+
+
+def kd(setup: Setup, added: nn.ModuleList) -> Term:
+    """Knowledge distillation (Hinton, Vinyals and Dean, 2015), with the T = 4 that is common on CIFAR-100."""
+    return lambda s, t, y: kd_loss(s.logits, t.logits)
+
+
+def dkd(setup: Setup, added: nn.ModuleList) -> Term:
+    """Decoupled KD (Zhao et al., CVPR 2022), with the paper's alpha = 1, beta = 8, T = 4."""
+    return lambda s, t, y: dkd_loss(s.logits, t.logits, y)
+
+
+def dist(setup: Setup, added: nn.ModuleList) -> Term:
+    """DIST (Huang et al., NeurIPS 2022), with its settings for CIFAR-100: beta = gamma = 2, T = 4."""
+    return lambda s, t, y: dist_loss(s.logits, t.logits)
+
+
+def sdd(setup: Setup, added: nn.ModuleList) -> Term:
+    """SD-DKD (Wei, Luo and Luo, CVPR 2024); scales 1 and 2, which the paper takes for similar architectures.
+
+    It needs classifiers that are linear in the average of a map, for then the logits of a cell are those of its
+    average. The teacher's map is that of the cache, which may be coarser than the network's own.
+    """
+    for outputs, head in ((setup.student, setup.student_head), (setup.teacher, setup.teacher_head)):
+        if outputs.dense.ndim != 4 or not torch.allclose(outputs.logits, head(pool(outputs.dense.float())), atol=0.05):
+            raise ValueError("sdd needs convolutional networks with global average pooling and a linear classifier")
+
+    def logit_map(head: nn.Module, dense: Tensor) -> Tensor:
+        return head(dense.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).float()
+
+    def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = logit_map(setup.teacher_head, t.dense)
+        return sdd_loss(logit_map(setup.student_head, s.dense), target, y)
+
+    return term
+
+
+def fitnet(setup: Setup, added: nn.ModuleList) -> Term:
+    """FitNets' hint (Romero et al., ICLR 2015) on embeddings: squared error after a linear regressor."""
+    regressor = nn.Linear(setup.student.embedding.shape[1], setup.teacher.embedding.shape[1])
+    added.append(regressor)
+    return lambda s, t, y: F.mse_loss(regressor(s.embedding).float(), t.embedding)
+
+
+def ofa(setup: Setup, added: nn.ModuleList) -> Term:
+    """OFA-KD (Hao et al., NeurIPS 2023): the OFA loss on the logits and on those of all four stages' projectors."""
+    projectors = _ofa_projectors(setup, added)
+
+    def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
+        branches = [projector(stage).float() for projector, stage in zip(projectors, s.stages, strict=True)]
+        total = torch.stack([ofa_loss(logits, t.logits, y) for logits in (*branches, s.logits)]).sum()
+        return total - F.cross_entropy(s.logits, y)  # which the total loss has already
+
+    return term
+
+
+def rsd(setup: Setup, added: nn.ModuleList) -> Term:
+    """Redundancy suppression distillation (Zhang et al., ICCV 2025)."""
+    return _projected(setup, added, setup.student.embedding, setup.teacher.embedding, lambda x: x.embedding)
+
+
+def rsd_noproj(setup: Setup, added: nn.ModuleList) -> Term:
+    """RSD without the decoupling projector; where the widths differ, with the linear map that it then takes."""
+    width, target = setup.student.embedding.shape[1], setup.teacher.embedding.shape[1]
+    align = nn.Identity() if width == target else nn.Linear(width, target, bias=False)
+    added.append(align)
+    criterion = _criterion(setup)
+    return lambda s, t, y: criterion(align(s.embedding), t.embedding)
+
+
+def rsd_logits(setup: Setup, added: nn.ModuleList) -> Term:
+    """RSD between the logits, whose widths agree and which need no projector."""
+    criterion = _criterion(setup)
+    return lambda s, t, y: criterion(s.logits, t.logits)
+
+
+def rsd_stages(setup: Setup, added: nn.ModuleList) -> Term:
+    """RSD, and the mean of RSD over the pooled intermediate stages."""
+    last = rsd(setup, added)
+    terms = [
+        _projected(setup, added, pool(setup.student.stages[i]), setup.teacher.stages[i], lambda x, i=i: x.stages[i])
+        for i in range(len(setup.teacher.stages) - 1)
+    ]
+
+    def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
+        pooled = s._replace(stages=[pool(stage) for stage in s.stages])
+        return last(s, t, y) + torch.stack([each(pooled, t, y) for each in terms]).mean()
+
+    return term
+
+
+def rsd_dense(setup: Setup, added: nn.ModuleList) -> Term:
+    """RSD, and RSD with every position of the last map as a sample."""
+    last = rsd(setup, added)
+    student, teacher = dense_pairs(setup.student.dense, setup.teacher.dense)
+    projector = DecouplingProjector(student.shape[1], teacher.shape[1])
+    added.append(projector)
+    criterion = _criterion(setup)
+
+    def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
+        student, teacher = dense_pairs(s.dense, t.dense)
+        return last(s, t, y) + criterion(projector(student), teacher)
+
+    return term
+
+
+def ofa_rsd(setup: Setup, added: nn.ModuleList) -> Term:
+    """OFA's framework with RSD for its losses: RSD between the teacher's logits and those of stages and student."""
+    projectors, criterion = _ofa_projectors(setup, added), _criterion(setup)
+
+    def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
+        branches = [projector(stage).float() for projector, stage in zip(projectors, s.stages, strict=True)]
+        return torch.stack([criterion(logits, t.logits) for logits in (*branches, s.logits)]).sum()
+
+    return term
+
+
+def _criterion(setup: Setup) -> RSDLoss:
+    return RSDLoss(setup.kappa, reduction=setup.reduction)
+
+
+def _projected(
+    setup: Setup, added: nn.ModuleList, student: Tensor, teacher: Tensor, of: Callable[[Outputs], Tensor]
+) -> Term:
+    """RSD of one pair of embeddings behind a decoupling projector."""
+    projector, criterion = DecouplingProjector(student.shape[1], teacher.shape[1]), _criterion(setup)
+    added.append(projector)
+    return lambda s, t, y: criterion(projector(of(s)), of(t))
+
+
+# OFA's stage projectors
+
+
+def _ofa_projectors(setup: Setup, added: nn.ModuleList) -> list[nn.Module]:
+    first, last = (x.shape[2] if x.ndim == 4 else math.isqrt(x.shape[1]) for x in setup.student.stages[::3])
+    side = last if first > last else max(1, last // 2)  # a network that keeps its grid gives half of it
+    widths = (setup.student.embedding.shape[1], setup.teacher.embedding.shape[1])
+    projectors = [
+        ofa_projector(stage.shape[1:], i, widths, setup.student.logits.shape[1], side)
+        for i, stage in enumerate(setup.student.stages)
+    ]
+    added.extend(projectors)
+    return projectors
+
+
+def ofa_projector(
+    shape: tuple[int, ...], stage: int, widths: tuple[int, int], classes: int, side: int, heads: int = 4
+) -> nn.Module:
+    """From one stage of the student to logits; as the paper has it, of separable convolutions or attention.
+
+    Args:
+        shape: (C, H, W) of a map, (N, C) of tokens.
+        stage: 0 to 3; a later stage needs fewer blocks.
+        widths: Of the student's and the teacher's embedding.
+        classes: Width of the logits.
+        side: Side of the grid down to which a projector halves its input; 7 for images of 224 x 224.
+        heads: Of the attention.
+    """
+    layers: list[nn.Module] = []
+    if len(shape) == 3:
+        width, grid = shape[0], shape[1]
+        while grid > side:
+            grid = math.ceil(grid / 2)
+            out = 2 * width if grid > side else max(widths)
+            layers += [_separable(width, width, stride=2), _separable(width, out, stride=1)]
+            width = out
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    else:
+        width, grid = shape[1], math.isqrt(shape[0])
+        while grid // 2 >= side:
+            layers.append(MergePatches(width, widths[0]))
+            width, grid = widths[0], grid // 2
+        layers += [Block(width, heads) for _ in range(max(3 - stage, 1))]
+        layers.append(MeanOfTokens())
+    return nn.Sequential(*layers, nn.Linear(width, classes))
+
+
+def _separable(width: int, out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False),
+        nn.Conv2d(width, out, 1, bias=False),
+        nn.BatchNorm2d(out),
+        nn.ReLU(),
+    )
+
+
+class MergePatches(nn.Module):
+    """Four neighbouring tokens of a square grid into one."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, out, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        side = math.isqrt(tokens.shape[1])
+        merged = rearrange(tokens, "b (h y w x) c -> b (h w) (y x c)", h=side // 2, w=side // 2, y=2, x=2)
+        return self.reduction(self.norm(merged))
+
+
+class MeanOfTokens(nn.Module):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.mean(dim=1)
+
+
+class Method(NamedTuple):
+    build: Build
+    weight: float
+    warmup: float = 0.0  # share of the run over which the weight grows linearly to its value
+    kappa: float | None = None  # 0 stays 0
+
+
+# The papers' weights, for a cross-entropy of weight 1. KD's is its usual 0.9 to 0.1; FitNets' that of the usual
+# comparisons on CIFAR-100. A warm-up is as long in proportion as in the paper's 240 epochs.
+METHODS = {
+    "none": Method(none, 0.0),
+    "kd": Method(kd, 9.0),
+    "dkd": Method(dkd, 1.0, warmup=20 / 240),
+    "dist": Method(dist, 1.0),
+    "fitnet": Method(fitnet, 100.0),
+    "ofa": Method(ofa, 1.0),
+    "rsd": Method(rsd, 0.1, kappa=0.01),
+    "rsd_kappa0": Method(rsd, 0.1, kappa=0.0),
+    "rsd_noproj": Method(rsd_noproj, 0.1, kappa=0.01),
+    "rsd_logits": Method(rsd_logits, 0.1, kappa=0.01),
+    "rsd_stages": Method(rsd_stages, 0.1, kappa=0.01),
+    "rsd_dense": Method(rsd_dense, 0.1, kappa=0.01),
+    "ofa_rsd": Method(ofa_rsd, 0.1, kappa=0.01),
+    "sdd": Method(sdd, 1.0, warmup=30 / 240),
+}

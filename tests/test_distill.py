@@ -1,0 +1,228 @@
+"""The distillation benchmark: its losses against slow formulas, and a run of every method on a few random images."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("timm", reason="needs the bench extra")
+pytest.importorskip("rich", reason="needs the bench extra")
+from PIL import Image
+
+from benchmarks import distill, methods
+
+T = 4.0
+
+
+def softmax(logits, temperature=1.0):
+    """Of one row, in Python's floats."""
+    powers = [math.exp(x / temperature) for x in logits.tolist()]
+    return [power / sum(powers) for power in powers]
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+@pytest.fixture
+def batch():
+    """Logits of a student and a teacher for six samples of five classes, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
+    return student, teacher, torch.randint(5, (6,), generator=generator)
+
+
+def slow_dkd(student, teacher, label, alpha=1.0, beta=8.0):
+    def split(logits):
+        p = softmax(logits, T)
+        rest = 1 - p[label]
+        return [p[label], rest], [x / rest for i, x in enumerate(p) if i != label]
+
+    (binary_s, others_s), (binary_t, others_t) = split(student), split(teacher)
+    return T**2 * (alpha * kl(binary_t, binary_s) + beta * kl(others_t, others_s))
+
+
+def test_kd(batch):
+    student, teacher, _ = batch
+    expected = np.mean([T**2 * kl(softmax(t, T), softmax(s, T)) for s, t in zip(student, teacher, strict=True)])
+    assert methods.kd_loss(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_dkd(batch):
+    expected = np.mean([slow_dkd(s, t, int(y)) for s, t, y in zip(*batch, strict=True)])
+    assert methods.dkd_loss(*batch).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_dist(batch):
+    student, teacher, _ = batch
+    s, t = (np.array([softmax(row, T) for row in x]) for x in (student, teacher))
+    between = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(s, t, strict=True)])
+    within = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(s.T, t.T, strict=True)])
+    expected = T**2 * (2 * between + 3 * within)
+    assert methods.dist_loss(student, teacher, gamma=3.0).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.5])
+def test_ofa(batch, gamma):
+    expected = []
+    for student, teacher, label in zip(*batch, strict=True):
+        p_s, p_t = softmax(student), softmax(teacher)
+        of_label = (1 + p_t[label]) ** gamma * math.log(p_s[label])
+        expected.append(-of_label - sum(p_t[i] * math.log(p_s[i]) for i in range(5) if i != label))
+    assert methods.ofa_loss(*batch, gamma=gamma).item() == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+def test_sdd():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 6, 5, 4, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(5, (6,), generator=generator)
+    total, complementary = 0.0, 0
+    for s, t, y in zip(student, teacher, labels, strict=True):
+        whole = t.mean(dim=(1, 2)).argmax()
+        for size in (4, 2):
+            for top in range(0, 4, size):
+                for left in range(0, 4, size):
+                    cell = (slice(None), slice(top, top + size), slice(left, left + size))
+                    cell_s, cell_t = s[cell].mean(dim=(1, 2)), t[cell].mean(dim=(1, 2))
+                    other = cell_t.argmax() != whole
+                    complementary += int(other)
+                    total += (2 if other else 1) * slow_dkd(cell_s, cell_t, int(y)) / len(labels)
+    assert 0 < complementary < 30
+    assert methods.sdd_loss(student, teacher, labels).item() == pytest.approx(total, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet_small", "vit_small", "resmlp_small"])
+def test_ofa_projectors_reach_the_logits_from_every_stage(name):
+    network = distill.NETWORKS[name]
+    student = distill.outputs(network.build(7).eval(), network, torch.randn(2, 3, 32, 32))
+    setup = methods.Setup(student, student, nn.Identity(), nn.Identity(), 0.01, "sum")
+    projectors = methods._ofa_projectors(setup, nn.ModuleList())
+    assert [p(x).shape for p, x in zip(projectors, student.stages, strict=True)] == [(2, 7)] * 4
+
+
+def test_merged_patches_are_neighbours():
+    merge = methods.MergePatches(1, 4)
+    merge.norm, merge.reduction = nn.Identity(), nn.Identity()
+    merged = merge(torch.arange(16.0).view(1, 16, 1))
+    assert merged[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_views_are_padded_crops_and_mirrored_ones():
+    image = torch.randint(1, 255, (1, 3, 32, 32), dtype=torch.uint8)
+    plain, mirrored = (distill.crop(image, torch.tensor([[4, 4, flip]])) for flip in (0, 1))
+    torch.testing.assert_close(plain, distill.normalise(image))
+    torch.testing.assert_close(mirrored, plain.flip(3))
+    moved = distill.crop(image, torch.tensor([[4, 7, 0]]))
+    torch.testing.assert_close(moved[..., :-3], plain[..., 3:])
+    assert (moved[..., -3:] == distill.normalise(torch.zeros(()))).all()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", 14), ("test", 4)):
+        for label in "abc":
+            (folder / part / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / label / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    """Runs the benchmark for one epoch and returns the lines of its CSV, which later calls add to."""
+    folder = tmp_path_factory.mktemp("results")
+
+    def call(*options, name="runs.csv", cache="cache"):
+        always = ("--epochs", "1", "--teacher-epochs", "1", "--batches", "16", "--views", "2", "--seeds", "0")
+        places = ("--data", str(images), "--cache", str(folder / cache), "--csv", str(folder / name))
+        distill.main([*places, *always, *options])
+        with (folder / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    return call
+
+
+def test_every_method_runs_once(run):
+    lines = run("--pairs", "cnn_cnn")
+    assert [line["method"] for line in lines] == ["teacher", *methods.METHODS]
+    assert {"pair", "method", "seed", "epochs", "batch", "weight", "kappa", "val_accuracy"} <= lines[0].keys()
+    assert {"test_accuracy", "added_parameters", "step_ms", "commit", "date"} <= lines[0].keys()
+    by_method = {line["method"]: line for line in lines}
+    for line in lines:
+        assert 0 <= float(line["val_accuracy"]) <= 100
+        assert 0 <= float(line["test_accuracy"]) <= 100
+        assert float(line["step_ms"]) > 0
+        assert (line["kappa"] == "") == ("rsd" not in line["method"])
+    assert float(by_method["rsd_kappa0"]["kappa"]) == 0
+    # 128 wide student, 256 wide teacher: Linear, BatchNorm, Linear.
+    assert int(by_method["rsd"]["added_parameters"]) == 128 * 256 + 2 * 256 + 256 * 256
+    for name in ("none", "kd", "dkd", "dist", "sdd", "rsd_logits"):
+        assert int(by_method[name]["added_parameters"]) == 0
+    assert run("--pairs", "cnn_cnn") == lines, "what has been run is not run again"
+    more = run("--pairs", "cnn_cnn", "--methods", "rsd", "--weights", "0.1", "x3", "--kappas", "0.01", "0.1")
+    assert [(line["weight"], line["kappa"]) for line in more[len(lines) :]] == [
+        ("0.1", "0.1"),
+        ("0.3", "0.01"),
+        ("0.3", "0.1"),
+    ]
+
+
+def test_same_seed_same_result(run):
+    options = ("--pairs", "cnn_vit", "cnn_mlp", "--methods", "rsd_dense", "ofa", "--epochs", "2")
+    results = [
+        [
+            (line["method"], line["val_accuracy"], line["test_accuracy"])
+            for line in run(*options, name=name, cache=cache)
+        ]
+        for name, cache in (("first.csv", "cache"), ("again.csv", "another_cache"))
+    ]
+    assert results[0] == results[1]
+    assert len(results[0]) == 5
+
+
+def test_the_term_teaches_by_its_weight(run, monkeypatch):
+    students, build = [], distill.NETWORKS["resnet_small"]
+    monkeypatch.setitem(
+        distill.NETWORKS,
+        "resnet_small",
+        build._replace(build=lambda n: students.append(build.build(n)) or students[-1]),
+    )
+    run("--pairs", "cnn_cnn", "--methods", "none", "rsd", "--weights", "0", "1", name="term.csv")
+    alone, weightless, taught = (list(student.parameters()) for student in students)
+    assert all(torch.equal(a, b) for a, b in zip(alone, weightless, strict=True))
+    assert not torch.equal(alone[0], taught[0])
+
+
+def test_transformer_teacher_is_taught_by_a_cnn(run):
+    lines = run("--pairs", "vit_cnn", "--methods", "none", "--bfloat16", name="vit.csv")
+    assert [(line["pair"], line["method"], line["weight"]) for line in lines] == [
+        ("vit", "teacher", "9"),
+        ("vit_cnn", "none", "0"),
+    ]
+
+
+def test_sdd_refuses_what_it_is_not_for(run):
+    with pytest.raises(ValueError, match="convolutional"):
+        run("--pairs", "cnn_vit", "--methods", "sdd")
+
+
+def test_the_splits_do_not_overlap(images, tmp_path):
+    data = distill.load(str(images), tmp_path, torch.device("cpu"))
+    assert [len(split.labels) for split in (data.train, data.validation, data.test)] == [38, 4, 12]
+    rows = torch.cat([split.images for split in data[:3]]).flatten(1).unique(dim=0)
+    assert len(rows) == 38 + 4 + 12
+    assert data.classes == 3
+
+
+def test_overhead_of_the_pair_that_the_paper_quotes():
+    from benchmarks import overhead
+
+    row = next(row for row in overhead.rows() if (row["teacher"], row["student"]) == ("ConvNeXt-T", "Swin-N"))
+    assert row["student_parameters"] / 1e6 == pytest.approx(9.6, abs=0.05)
+    assert row["ofa_added"] / 1e6 == pytest.approx(28.2, abs=0.05)
+    assert row["rsd_added"] == 512 * 1024 + 2 * 1024 + 1024 * 768
