@@ -1,19 +1,17 @@
 """The batch of all processes in a group, each of which holds some of its rows.
 
-The batch is split one of two ways, whichever sends less:
+The batch is split one of two ways, so that no process multiplies or holds what another does:
 
     by rows, D <= B:      every process keeps its rows; the moments and P (D, D) are sums over the processes.
-    by features, B < D:   the processes exchange blocks, so that each holds all rows of its share of the features and
-                          standardises them alone; K (B, B) is the sum over the processes.
+    by features, B < D:   the processes exchange blocks, so that each holds all rows of an even share of the features
+                          and standardises them alone; K (B, B) is the sum over the processes.
 
-With W processes each then does 1/W of the arithmetic and holds no more than its own rows' worth of embeddings, and
-sends and receives about 2 D^2 numbers by rows, or 3 B D / W + 2 B^2 by features, where gathering everybody's rows
-would receive 2 B D. Every process gets the same loss. Gradients are those of the sum of all processes' losses (as in
-torch.distributed's own differentiable collectives), so that the average that DistributedDataParallel takes of them is
-the gradient of the one loss.
+By rows each sends about 2 D^2 numbers, by features 3 B D / W + 2 B^2 with W processes, where gathering everybody's rows
+receives 2 B D. Every process gets the same loss. Gradients are those of the sum of all processes' losses (as those of
+torch.distributed's differentiable collectives), so that the average that DistributedDataParallel takes of them is the
+gradient of the one loss.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -54,7 +52,7 @@ def merge_moments(
     Args:
         shard: A batch split by rows.
         rows: How many of them this process holds.
-        first: (2, D) first row of both sides, to which the means are relative.
+        first: (2, D) first row of both sides in float64, to which the means are relative.
         mean: (2, D) means of the differences to the first row.
         squares: (2, D) sums of squares about the means.
 
@@ -63,7 +61,7 @@ def merge_moments(
         that of the whole batch.
     """
     # float64, because processes have no common first row, and an offset of 1e4 would leave float32 few digits.
-    own = first.double() + mean
+    own = first + mean
     whole = _Sum.apply(rows * own, shard.group) / shard.rows
     apart = (own - whole).to(mean.dtype)
     return (whole - first).to(mean.dtype), _Sum.apply(squares + rows * apart.square(), shard.group), apart
@@ -75,14 +73,18 @@ def group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None"
         if process_group is not None:
             raise ValueError("process_group is given, but torch.distributed is not initialised: initialise it first")
         return None
-    size = dist.get_world_size(process_group)
-    if size < 0:
-        raise ValueError(
-            f"process_group does not contain this process (rank {dist.get_rank()}): "
-            "call the loss in the group's members only, or pass each process the group that it is in"
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"process_group does not contain this process (rank {dist.get_rank()}): "
+                "call the loss in the group's members only, or pass each process the group that it is in"
+            )
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}: "
+            "take it from torch.distributed.new_group, or from a device mesh with mesh.get_group()"
         )
     group = dist.group.WORLD if process_group is None else process_group
-    return group if size > 1 else None
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def agree(student: Tensor, teacher: Tensor, facts: dict[str, Any], group: "ProcessGroup") -> list[int]:
@@ -101,32 +103,35 @@ def agree(student: Tensor, teacher: Tensor, facts: dict[str, Any], group: "Proce
         **facts,
     }
     mine = [zlib.crc32(repr(fact).encode()) for fact in facts.values()]
-    rows, *theirs = _tell([student.shape[0], *mine], group)
+    rows, *theirs = _tell([student.shape[0], *mine], student, group)
     if 0 in rows:
-        raise ValueError(f"rank {rows.index(0)} of the group was given bad input: its own error says what")
+        rank = dist.get_global_rank(group, rows.index(0))
+        raise ValueError(f"rank {rank} was given bad input: its own error says what")
     for (name, fact), code, codes in zip(facts.items(), mine, theirs, strict=False):
-        for rank, other in enumerate(codes):
+        for index, other in enumerate(codes):
             if other != code:
                 raise ValueError(
                     f"{name} must be the same in all processes of the group: it is {fact} in rank "
-                    f"{dist.get_rank(group)} and not in rank {rank}"
+                    f"{dist.get_rank()} and not in rank {dist.get_global_rank(group, index)}"
                 )
-    if sum(rows) < 2:
-        raise ValueError("student and teacher must have at least 2 rows over all processes to correlate over, got 1")
     return rows
 
 
-def fail(error: Exception, group: "ProcessGroup") -> NoReturn:
+def fail(error: Exception, student: object, group: "ProcessGroup") -> NoReturn:
     """Raises the error here and, as no valid input is without rows, another in the processes that wait to agree."""
-    _tell([0], group)
+    _tell([0], student, group)
     raise error
 
 
-def _tell(numbers: list[int], group: "ProcessGroup") -> list[list[int]]:
+def _tell(numbers: list[int], student: object, group: "ProcessGroup") -> list[list[int]]:
     """The numbers of every process: for each number, a list with one entry per process."""
-    # On the CPU if the group can: there it does not wait for the work that a GPU still has before it.
-    device = "cpu" if "cpu" in dist.get_backend_config(group) else torch.accelerator.current_accelerator()
-    sent = torch.tensor(numbers + [0] * (16 - len(numbers)), device=device)
+    device = None
+    if isinstance(student, Tensor) and student.device.type != "cpu":
+        device = student.device
+    if "cpu" in dist.get_backend_config(group):
+        # There it does not wait for the work that a GPU still has before it.
+        device = torch.device("cpu")
+    sent = torch.tensor(numbers + [0] * (16 - len(numbers)), device=device or torch.accelerator.current_accelerator())
     received = sent.new_empty(dist.get_world_size(group) * 16)
     dist.all_gather_into_tensor(received, sent, group=group)
     columns: list[list[int]] = received.view(-1, 16).T.tolist()
@@ -195,20 +200,28 @@ class _Exchange(torch.autograd.Function):
     ) -> Tensor:
         ctx.args = (rows, shares, group, not back)
         rank = dist.get_rank(group)
-        if back:
-            return torch.cat(_send(torch.split(x, rows), [(rows[rank], n) for n in shares], group), dim=1)
-        return torch.cat(_send(torch.split(x, shares, dim=1), [(n, shares[rank]) for n in rows], group))
+        if not back:
+            pieces = torch.split(x, shares, dim=1)
+            return _send(pieces, [n * shares[rank] for n in rows], group).view(-1, shares[rank])
+        own = rows[rank]
+        received = _send(torch.split(x, rows), [own * n for n in shares], group)
+        parts = torch.split(received, [own * n for n in shares])
+        out = x.new_empty(own, sum(shares))
+        for part, columns in zip(parts, torch.split(out, shares, dim=1), strict=True):
+            columns.copy_(part.view(own, -1))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Gradients of float16 or bfloat16 embeddings are rounded already, so that nothing is lost on the way.
+        # Embeddings travel in their own dtype and so do their gradients, so that nothing is rounded on the way.
         return _Exchange.apply(grad, *ctx.args), None, None, None, None
 
 
-def _send(pieces: Sequence[Tensor], shapes: list[tuple[int, int]], group: "ProcessGroup") -> list[Tensor]:
-    """The i-th piece goes to the i-th process; what each of them sent comes back, in these shapes."""
-    sent = torch.cat([piece.reshape(-1) for piece in pieces])
-    sizes = [math.prod(shape) for shape in shapes]
-    received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [piece.numel() for piece in pieces], group=group)
-    return [part.view(shape) for part, shape in zip(torch.split(received, sizes), shapes, strict=True)]
+def _send(pieces: Sequence[Tensor], sizes: list[int], group: "ProcessGroup") -> Tensor:
+    """The i-th piece goes to the i-th process; what each of them sent comes back, flat and in their order."""
+    lengths = [piece.numel() for piece in pieces]
+    sent, received = pieces[0].new_empty(sum(lengths)), pieces[0].new_empty(sum(sizes))
+    for piece, place in zip(pieces, torch.split(sent, lengths), strict=True):
+        place.view(piece.shape).copy_(piece)  # and not torch.cat, to which autocast has objections
+    dist.all_to_all_single(received, sent, sizes, lengths, group=group)
+    return received

@@ -71,7 +71,7 @@ class _FeatureLosses(torch.autograd.Function):
         if ctx.tall:
             a = (2 * kappa) * products[0]
             a.diagonal().add_(2 * w)
-            dtype = _product_dtype(student, teacher)
+            dtype = product_dtype(student, teacher)
             # In full precision the teacher needs centring only, with its scale in A; half needs columns of unit length.
             products = [a.mul_(columns_t.scale.unsqueeze(1)) if dtype == a.dtype else a.to(dtype)]
         else:
@@ -82,12 +82,13 @@ class _FeatureLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher = ctx.saved_tensors[:2]
+        saved = ctx.saved_tensors  # once: activation checkpointing hands each out a single time
+        student, teacher = saved[:2]
         gradients = _tall_gradients if ctx.tall else _wide_gradients
         # The autocast of the forward is in the saved dtypes; that around backward(), if any, must change nothing.
         device = student.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
-            grads = gradients(ctx, upstream[0])
+            grads = gradients(ctx, saved, upstream[0])
         if torch.is_grad_enabled():  # create_graph=True
             grads = [None if grad is None else _Once.apply(grad, upstream[0], student, teacher) for grad in grads]
         return *grads, None, None, None
@@ -118,9 +119,9 @@ def _wide(
     return _column_dot(z_t, z_s), _column_dot(n, z_s), columns_s, columns_t, n, z_s, z_t
 
 
-def _wide_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
-    student, teacher, *saved, pull, n, z_s, z_t, w = ctx.saved_tensors
-    columns_s, columns_t = _Columns(*saved[:3]), _Columns(*saved[3:])
+def _wide_gradients(ctx: Any, saved: Sequence[Tensor], u: Tensor) -> list[Tensor | None]:
+    student, teacher, *columns, pull, n, z_s, z_t, w = saved
+    columns_s, columns_t = _Columns(*columns[:3]), _Columns(*columns[3:])
     grads: list[Tensor | None] = [None, None]
     if ctx.needs_input_grad[0]:
         if n.dtype == u.dtype:
@@ -158,9 +159,9 @@ def _tall(
     return p.diagonal().clone(), p.square().sum(dim=0), columns_s, columns_t, p
 
 
-def _tall_gradients(ctx: Any, u: Tensor) -> list[Tensor | None]:
-    student, teacher, *saved, pull, a = ctx.saved_tensors
-    columns_s, columns_t = _Columns(*saved[:3]), _Columns(*saved[3:])
+def _tall_gradients(ctx: Any, saved: Sequence[Tensor], u: Tensor) -> list[Tensor | None]:
+    student, teacher, *columns, pull, a = saved
+    columns_s, columns_t = _Columns(*columns[:3]), _Columns(*columns[3:])
     grads: list[Tensor | None] = [None, None]
     if ctx.needs_input_grad[0]:
         if a.dtype == u.dtype:
@@ -278,7 +279,7 @@ def _standardise_both(
 ) -> tuple[Tensor, Tensor, _Columns, _Columns]:
     """Both Z (B, D) in the dtype of the products."""
     statistics = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    products = _product_dtype(student, teacher)
+    products = product_dtype(student, teacher)
     both, means, squares = [], [], []
     for x in (student, teacher):
         x = x.to(statistics)
@@ -306,7 +307,7 @@ def _columns(
     """The statistics of both sides; and (2, D) what to add to rows centred on a mean that is not the whole batch's."""
     rows, apart = student.shape[0], None
     if shard is not None and shard.by_rows:
-        first = torch.stack((student[0], teacher[0]))
+        first = torch.stack((student[0].double(), teacher[0].double()))
         means, squares, apart = merge_moments(
             shard, rows, first, torch.stack(tuple(means)), torch.stack(tuple(squares))
         )
@@ -326,7 +327,7 @@ def _column_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(dim=-2)
 
 
-def _product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+def product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     device = student.device.type
     # As for any matmul under autocast, float64 stays as it is.
@@ -344,7 +345,7 @@ def _streams(student: Tensor, teacher: Tensor) -> bool:
     return (
         student.device.type == "cpu"
         and student.shape[0] >= rows
-        and student.dtype == teacher.dtype == _product_dtype(student, teacher)
+        and student.dtype == teacher.dtype == product_dtype(student, teacher)
         and student.dtype in (torch.float32, torch.float64)
     )
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rsd_loss._distributed import Shard, merge_moments, sum_over_features, sum_over_rows
-from rsd_loss._fused import _autocasts, _Once, _product_dtype
+from rsd_loss._fused import _autocasts, _Once, product_dtype
 
 try:
     import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -143,7 +143,7 @@ def _forward(
     grid = (-(-features // _BLOCK_C), parts, 2)
     blocks = {"block_r": _BLOCK_R, "block_c": _BLOCK_C}
     inputs = (student, teacher, *student.stride(), *teacher.stride())
-    z = torch.empty((2, batch, features), dtype=_product_dtype(student, teacher), device=device)
+    z = torch.empty((2, batch, features), dtype=product_dtype(student, teacher), device=device)
     stats = torch.empty((2, 2, features), dtype=torch.float32, device=device)
     by_rows = shard is not None and shard.by_rows
     separate = parts > 1 or by_rows
@@ -156,7 +156,8 @@ def _forward(
         means, squares = moments.unbind(dim=2)
         mean = (counts * means).sum(dim=1) / batch
         squares = (squares + counts * (means - mean.unsqueeze(1)).square()).sum(dim=1)
-        mean, squares, _ = merge_moments(shard, batch, torch.stack((student[0], teacher[0])), mean, squares)
+        first = torch.stack((student[0].double(), teacher[0].double()))
+        mean, squares, _ = merge_moments(shard, batch, first, mean, squares)
         # Every part is given the mean of all and its share of the squares, so that the kernel finds the same in them.
         moments.copy_(torch.stack((mean, squares / parts), dim=1).unsqueeze(1))
     whole = _whole(z, shard)

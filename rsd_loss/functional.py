@@ -131,13 +131,11 @@ def rsd_loss(
             message says which and what to do.
         RuntimeError: The implementation named cannot run here; the message says why.
     """
-    check_settings(kappa, eps, reduction, implementation, gather_distributed, process_group)
-    group = _distributed.group_or_none(process_group) if gather_distributed else None
-    if group is None:
-        _check_embeddings(student, teacher, same_width=True)
-        losses, d, q = _backend(implementation, student, teacher)(student, teacher, kappa, eps, None)
+    if gather_distributed:
+        losses, d, q = _gathered_losses(student, teacher, kappa, eps, reduction, implementation, process_group)
     else:
-        losses, d, q = _gathered_losses(student, teacher, kappa, eps, implementation, group)
+        check_settings(kappa, eps, reduction, implementation, gather_distributed, process_group)
+        losses, d, q = _own_losses(student, teacher, kappa, eps, implementation)
     loss = _reduce(losses, reduction)
     if not return_terms:
         return loss
@@ -171,29 +169,56 @@ def cross_correlation(
         TypeError: An embedding is not a floating-point tensor, or eps not a number.
         ValueError: Shapes, devices or ranges do not fit; the message says which and what to do.
     """
-    _check_non_negative("eps", eps)
+    if gather_distributed:
+        p: Tensor = _gathered_correlation(student, teacher, eps, process_group)
+        return p
     _check_gather(gather_distributed, process_group)
-    group = _distributed.group_or_none(process_group) if gather_distributed else None
-    if group is None:
-        _check_embeddings(student, teacher)
-        return reference.cross_correlation(student, teacher, eps)
-    p: Tensor = _gathered_correlation(student, teacher, eps, group)
-    return p
+    return _own_correlation(student, teacher, eps)
 
 
-# Whether the embeddings fit is for all processes to agree on before any of them sends, and how they are shared out
-# follows from what the others hold: decisions on the host, which the compiler leaves to Python. The decorator does what
-# torch.compiler.disable does, and does not load the compiler when this module is imported.
+def _own_losses(
+    student: Tensor, teacher: Tensor, kappa: float, eps: float, implementation: Implementation
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_embeddings(student, teacher, same_width=True)
+    return _backend(implementation, student, teacher)(student, teacher, kappa, eps, None)
+
+
+def _own_correlation(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+    _check_non_negative("eps", eps)
+    _check_embeddings(student, teacher)
+    return reference.cross_correlation(student, teacher, eps)
+
+
+# Whether there are other processes may change between calls, whether the embeddings fit is for all of them to agree on
+# before any sends, and how they are shared out follows from what the others hold: decisions on the host, which the
+# compiler leaves to Python. The decorator does what torch.compiler.disable does, and does not load the compiler when
+# this module is imported.
 @_disable_dynamo
 def _gathered_losses(
-    student: Tensor, teacher: Tensor, kappa: float, eps: float, implementation: Implementation, group: "ProcessGroup"
+    student: Tensor,
+    teacher: Tensor,
+    kappa: float,
+    eps: float,
+    reduction: Reduction,
+    implementation: Implementation,
+    process_group: "ProcessGroup | None",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    group = _distributed.group_or_none(process_group)
+    if group is None:
+        check_settings(kappa, eps, reduction, implementation, True, process_group)
+        return _own_losses(student, teacher, kappa, eps, implementation)
     try:
+        check_settings(kappa, eps, reduction, implementation, True, process_group)
         _check_embeddings(student, teacher, same_width=True, min_rows=1)
         feature_losses = _backend(implementation, student, teacher)
     except (TypeError, ValueError, RuntimeError) as error:
-        _distributed.fail(error, group)
-    facts = {"kappa": kappa, "eps": eps, "implementation": implementation}
+        _distributed.fail(error, student, group)
+    facts = {
+        "kappa": float(kappa),
+        "eps": float(eps),
+        "implementation": implementation,
+        "the dtype of the products, which torch.autocast may change,": _fused.product_dtype(student, teacher),
+    }
     rows = _distributed.agree(student, teacher, facts, group)
     if feature_losses is reference.feature_losses:  # sums as its equations do, whatever the shape
         shard = _distributed.Shard(group, sum(rows), student.shape[1], by_rows=True)
@@ -202,12 +227,16 @@ def _gathered_losses(
 
 
 @_disable_dynamo
-def _gathered_correlation(student: Tensor, teacher: Tensor, eps: float, group: "ProcessGroup") -> Tensor:
+def _gathered_correlation(student: Tensor, teacher: Tensor, eps: float, process_group: "ProcessGroup | None") -> Tensor:
+    group = _distributed.group_or_none(process_group)
+    if group is None:
+        return _own_correlation(student, teacher, eps)
     try:
+        _check_non_negative("eps", eps)
         _check_embeddings(student, teacher, min_rows=1)
     except (TypeError, ValueError) as error:
-        _distributed.fail(error, group)
-    rows = _distributed.agree(student, teacher, {"eps": eps}, group)
+        _distributed.fail(error, student, group)
+    rows = _distributed.agree(student, teacher, {"eps": float(eps)}, group)
     shard = _distributed.Shard(group, sum(rows), student.shape[1], by_rows=True)
     return reference.cross_correlation(student, teacher, eps, shard)
 
@@ -281,7 +310,8 @@ def _check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False
     if student.shape[0] < min_rows:
         raise ValueError(
             f"student and teacher must have at least {min_rows} row{'s' * (min_rows > 1)} to correlate over, "
-            f"got {student.shape[0]}: skip the batch, or set drop_last=True in the DataLoader"
+            f"got {student.shape[0]}: skip the batch{' in all processes' * (min_rows < 2)}, "
+            "or set drop_last=True in the DataLoader"
         )
     if student.device != teacher.device:
         raise ValueError(

@@ -135,7 +135,8 @@ class DecouplingProjector(nn.Module):
                 f"student must be (batch, {self.in_features}), got shape {tuple(student.shape)}: "
                 "pool maps and tokens with rsd_loss.features.pool, and give in_features the embedding's width"
             )
-        if self.training and student.shape[0] < 2:
+        # Converted to SyncBatchNorm it is content with one row here, if other processes have more.
+        if self.training and student.shape[0] < 2 and isinstance(self.norm, nn.BatchNorm1d):
             raise ValueError(
                 f"student must have at least 2 rows in training mode, got {student.shape[0]}: "
                 "skip the batch, or set drop_last=True in the DataLoader"

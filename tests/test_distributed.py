@@ -12,8 +12,10 @@ from conftest import pair, upstream
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from rsd_loss import DecouplingProjector, RSDLoss, cross_correlation, rsd_loss
 
@@ -282,7 +284,7 @@ def raises_everywhere(rank, group, case):
     student, teacher = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
     settings = {"gather_distributed": True, "process_group": group}
     differs = "must be the same in all processes of the group"
-    bad = "rank 1 of the group was given bad input"
+    bad = "rank 1 was given bad input"
     match case, rank:
         case "width", 1:
             student, teacher, message = student[:, :5], teacher[:, :5], f"student's width {differs}: it is 5 in rank 1"
@@ -298,6 +300,10 @@ def raises_everywhere(rank, group, case):
             message = f"student's dtype {differs}"
         case "kappa", _:
             settings["kappa"], message = 0.01 * (1 + rank), f"kappa {differs}"
+        case "autocast", _:
+            message = f"the dtype of the products, which torch.autocast may change, {differs}"
+        case "setting", 1:
+            settings["eps"], message = float("nan"), "eps must be a finite number"
         case "implementation", _:
             settings["implementation"] = "fused" if rank == 1 else "reference"
             message = f"implementation {differs}"
@@ -307,14 +313,16 @@ def raises_everywhere(rank, group, case):
             student, teacher, message = student.double(), teacher.double(), "triton"
         case "empty", 1:
             student, teacher, message = student[:0], teacher[:0], "must have at least 1 row to correlate over, got 0"
-        case "shape" | "empty" | "unavailable", _:
+        case "shape" | "empty" | "unavailable" | "setting", _:
             message = bad
     if case == "unavailable":
         settings["implementation"] = "triton"
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=(case, rank) == ("autocast", 1)),
+        pytest.raises((ValueError, RuntimeError), match=message),
+    ):
         rsd_loss(student, teacher, **settings)
-    if case in ("width", "gradient", "shape", "empty"):
-        settings.pop("kappa", None)
+    if case in ("width", "gradient", "shape", "empty", "setting"):
         with pytest.raises(ValueError, match=message):
             cross_correlation(student, teacher, **settings)
     # Nothing is left behind that the next call would trip over.
@@ -322,7 +330,8 @@ def raises_everywhere(rank, group, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["width", "gradient", "dtype", "kappa", "implementation", "shape", "unavailable", "empty"]
+    "case",
+    ["width", "gradient", "dtype", "kappa", "implementation", "autocast", "setting", "shape", "unavailable", "empty"],
 )
 def test_an_error_in_one_process_is_one_in_all(pool, case):
     pool.run(3, raises_everywhere, case)
@@ -339,12 +348,56 @@ def test_one_row_in_each_process(pool):
     pool.run(2, one_row_each)
 
 
+def one_row_behind_a_projector(rank, group):
+    projector = nn.SyncBatchNorm.convert_sync_batchnorm(DecouplingProjector(4, 6))
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):  # on the CPU; not our refusal
+        projector(torch.randn(1, 4))
+
+
+def test_one_row_behind_a_synchronised_projector(pool):
+    pool.run(2, one_row_behind_a_projector)
+
+
+def autocast_and_checkpointing(rank, group, rows, features, implementation, dtype):
+    """bfloat16 products of embeddings in another half or in float32, recomputed in backward."""
+    student, teacher = (x.to(dtype) for x in pair(sum(rows), features))
+    student.requires_grad_()
+    results = []
+    for x, t, criterion in (
+        (student, teacher, RSDLoss(implementation="reference")),
+        (own(rank, rows, student), own(rank, rows, teacher), gathered(group, implementation=implementation)),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = checkpoint(criterion, x, t, use_reentrant=False)
+        (grad,) = torch.autograd.grad(value, x)
+        results.append((value, grad))
+    (want, want_grad), (got, grad) = results
+    # bfloat16 products have 8 bits.
+    assert_close(got, want, rtol=3e-2, atol=3e-2)
+    want_grad = len(rows) * own(rank, rows, want_grad)
+    assert_close(grad, want_grad, rtol=0, atol=3e-2 * want_grad.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("features", [6, 40])
+def test_autocast_and_checkpointing(pool, features, implementation, dtype):
+    pool.run(2, autocast_and_checkpointing, (9, 12), features, implementation, dtype)
+
+
 def other_groups(rank, _):
-    """A group that this process is not in, one of it alone, and a loss of its own rows beside."""
+    """A group that this process is not in, one of it alone, one in another order, and a loss of its own rows beside."""
     groups = [dist.new_group([r]) for r in range(4)]
+    reverse = dist.new_group([3, 1])
     student, teacher = (x[8 * rank : 8 * rank + 8] for x in pair(32, 6))
     with pytest.raises(ValueError, match=rf"process_group does not contain this process \(rank {rank}\)"):
         rsd_loss(student, teacher, gather_distributed=True, process_group=groups[rank - 1])
+    with pytest.raises(TypeError, match=r"process_group must be .*ProcessGroup, got DeviceMesh: .* mesh.get_group"):
+        rsd_loss(student, teacher, gather_distributed=True, process_group=init_device_mesh("cpu", (4,)))
+    if rank in (1, 3):
+        got = rsd_loss(student, teacher, gather_distributed=True, process_group=reverse)
+        both = (torch.cat((x[8:16], x[24:])) for x in pair(32, 6))
+        assert_close(got, rsd_loss(*both), rtol=1e-9, atol=1e-9)
     local = rsd_loss(student, teacher)
     assert rsd_loss(student, teacher, gather_distributed=True, process_group=groups[rank]) == local
     assert rsd_loss(student, teacher, gather_distributed=True) != local
@@ -358,6 +411,20 @@ def test_one_process_is_the_same_as_off():
     student, teacher = torch.randn(8, 6), torch.randn(8, 6)
     for call in (rsd_loss, cross_correlation):
         assert torch.equal(call(student, teacher, gather_distributed=True), call(student, teacher))
+
+
+def compiled_before_the_group(rank, store):
+    torch._dynamo.reset()
+    student, teacher = (x[8 * rank : 8 * rank + 8] for x in pair(16, 6))
+    criterion = torch.compile(RSDLoss(gather_distributed=True), backend="eager")
+    assert_close(criterion(student, teacher), rsd_loss(student, teacher))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    assert_close(criterion(student, teacher), rsd_loss(*pair(16, 6)))
+    dist.destroy_process_group()
+
+
+def test_compiled_before_there_was_a_group(tmp_path):
+    spawn(compiled_before_the_group, args=(tmp_path / "store",), nprocs=2)
 
 
 def test_a_group_that_would_be_ignored(pool):

@@ -1,12 +1,14 @@
 """Values and gradients, against the published code's numbers, an independent oracle and finite differences."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 from conftest import golden, pair, upstream
 from oracle import oracle
+from torch.utils.checkpoint import checkpoint
 
 from rsd_loss import RSDLoss, RSDTerms, cross_correlation, rsd_loss
 
@@ -233,3 +235,15 @@ def test_inputs_are_left_alone(implementation, shape):
     kept = [x.clone() for x in inputs]
     gradients(lambda s, t: rsd_loss(s, t, implementation=implementation), *(x.requires_grad_() for x in inputs))
     assert all(torch.equal(x, y) for x, y in zip(inputs, kept, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (1100, 5)])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(shape, reentrant, implementation):
+    """Which hands out each saved tensor once."""
+    student, teacher = (x.requires_grad_() for x in pair(*shape))
+    criterion = functools.partial(rsd_loss, implementation=implementation)
+    want = torch.autograd.grad(criterion(student, teacher), (student, teacher))
+    loss = checkpoint(criterion, student, teacher, use_reentrant=reentrant)
+    loss.backward()
+    torch.testing.assert_close([student.grad, teacher.grad], [*want])

@@ -37,11 +37,11 @@ def accumulate(
         for part in images.split(micro_batch):
             states.append(torch.get_rng_state())  # on a GPU: torch.cuda.get_rng_state()
             embeddings.append(encoder(part))
-    after = torch.get_rng_state()
     embedding = torch.cat(embeddings).requires_grad_()
     loss = F.cross_entropy(head(embedding), labels) + weight * criterion(projector(embedding), teacher_embedding)
     loss.backward()  # reaches the head, the projector and the embeddings
     assert embedding.grad is not None
+    after = torch.get_rng_state()
     for part, gradient, state in zip(images.split(micro_batch), embedding.grad.split(micro_batch), states, strict=True):
         torch.set_rng_state(state)
         encoder(part).backward(gradient)
