@@ -75,7 +75,7 @@ class _FeatureLosses(torch.autograd.Function):
             # In full precision the teacher needs centring only, with its scale in A; half needs columns of unit length.
             products = [a.mul_(columns_t.scale.unsqueeze(1)) if dtype == a.dtype else a.to(dtype)]
         else:
-            products.append(w)
+            products = [*products, w]  # and not append: torch 2.6's compiler takes the rest of a tuple for one
         ctx.save_for_backward(student, teacher, *columns_s, *columns_t, pull, *products)
         ctx.mark_non_differentiable(d, q)
         return _losses(d, q, kappa), d, q
