@@ -1,8 +1,9 @@
-"""What is measured of one step: time, memory, operations; and the machine's own rates, which set the limit."""
+"""One step, and what is measured of it: time, memory, operations; the machine's own rates, which set the limit."""
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -14,7 +15,40 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
+from benchmarks import rivals
+from benchmarks.report import Row
+
 Step = Callable[[], Any]
+
+
+@contextmanager
+def noted(row: Row) -> Iterator[None]:
+    """Lets the other contestants go on where this one cannot; its row says why."""
+    try:
+        yield
+    except rivals.MissingError as error:
+        row.status = f"missing: {error}"
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+        row.status = "out of memory" if out_of_memory else text
+
+
+def make_step(row: Row, student: torch.Tensor, teacher: torch.Tensor) -> Step:
+    """What is timed: the contestant's value, or its value and gradient."""
+    loss = rivals.build(row.contestant, student.device, row.compiled)
+    if row.autocast:
+        loss = torch.autocast(student.device.type, getattr(torch, row.autocast))(loss)
+
+    def value_and_grad() -> tuple[torch.Tensor, ...]:
+        value = loss(student, teacher)
+        return value, *torch.autograd.grad(value, student)
+
+    def value() -> torch.Tensor:
+        with torch.no_grad():
+            return loss(student, teacher)
+
+    return value_and_grad if row.mode == "value_and_grad" else value
 
 
 def timer(step: Step) -> Timer:

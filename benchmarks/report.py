@@ -48,10 +48,10 @@ class Row:
         return f"{self.contestant} + compile" if self.compiled else self.contestant
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
+def write_csv(rows: list[Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
         writer.writeheader()
         for row in rows:
             values = asdict(row).items()
@@ -70,6 +70,10 @@ def read_csv(path: Path) -> list[Row]:
         return [Row(**{f.name: parse(f.type, line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
 
 
+def short(value: float | None, unit: str = "") -> str:
+    return f"{float(f'{value:.3g}'):g}{unit}" if value else "-"
+
+
 def _best(rows: Iterable[Row], compiled: bool, names: Iterable[str]) -> Row | None:
     timed = [row for row in rows if row.median_ms and row.compiled == compiled and row.contestant in names]
     return min(timed, key=lambda row: row.median_ms or 0, default=None)
@@ -83,9 +87,6 @@ def markdown(rows: list[Row]) -> str:
         "| compiled, over best compiled rival | peak MB, naive / fused |",
         "|---|---|---|---|---|---|---|---|",
     ]
-
-    def short(value: float | None, unit: str = "") -> str:
-        return f"{float(f'{value:.3g}'):g}{unit}" if value else "-"
 
     def ratio(slow: Row | None, fast: Row | None) -> str:
         return short(slow.median_ms / fast.median_ms, "x") if slow and fast else "-"

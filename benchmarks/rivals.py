@@ -1,14 +1,17 @@
 """The contestants: ways to compute the loss, each a function of (student, teacher)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rsd_loss import rsd_loss
 
 NAMES = ("naive", "reference", "lightly", "fused", "triton")
 RIVALS = ("naive", "reference", "lightly")
+DISTRIBUTED = ("gather+reference", "gather+fused", "distributed")  # of the batch of all processes
 KAPPA = 0.01
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -29,6 +32,23 @@ def naive(student: Tensor, teacher: Tensor, kappa: float = KAPPA, eps: float = 1
     return penalty.sum()
 
 
+class _Gather(torch.autograd.Function):
+    """Everybody's rows; the gradient of a process's own rows is the sum over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.new_empty(dist.get_world_size() * x.shape[0], x.shape[1])
+        dist.all_gather_into_tensor(out, x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # As torch.distributed.nn.functional.all_gather does over gloo, whose own reduce_scatter is slower.
+        parts = torch.empty_like(grad)
+        dist.all_to_all_single(parts, grad.contiguous())
+        return parts.unflatten(0, (dist.get_world_size(), -1)).sum(dim=0)
+
+
 def build(name: str, device: torch.device, compiled: bool) -> Loss:
     """The contestant called `name`; raises MissingError where it cannot run."""
     loss: Loss
@@ -43,6 +63,15 @@ def build(name: str, device: torch.device, compiled: bool) -> Loss:
         loss = BarlowTwinsLoss(lambda_param=KAPPA)
     elif name == "triton" and device.type != "cuda":
         raise MissingError("triton needs a CUDA device")
+    elif name == "distributed":
+
+        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+            return rsd_loss(student, teacher, kappa=KAPPA, gather_distributed=True)
+    elif name.startswith("gather+"):
+        repeated = build(name.removeprefix("gather+"), device, compiled)
+
+        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+            return repeated(_Gather.apply(student), _Gather.apply(teacher))
     else:
 
         def loss(student: Tensor, teacher: Tensor) -> Tensor:

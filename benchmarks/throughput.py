@@ -14,6 +14,8 @@ CPU the running sum of the allocations that torch.profiler records, which a libr
 Operations on a machine without a GPU are a proxy for CUDA kernel launches: the operations that one step dispatches,
 views and bare allocations left out. One operation may launch several kernels (a boolean mask does), and compiled code
 does not dispatch, so its count is blank. On CUDA the kernels themselves are counted.
+
+`--nproc` measures the loss of the batch of several processes instead: see benchmarks/distributed.py.
 """
 
 import argparse
@@ -23,8 +25,7 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -36,7 +37,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from torch.utils.benchmark import Measurement
 
-from benchmarks import measure, report, rivals
+from benchmarks import distributed, measure, report, rivals
 from benchmarks.report import Row
 
 SHAPES = (
@@ -63,36 +64,6 @@ MODES = ("value_and_grad", "value")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-@contextmanager
-def noted(row: Row) -> Iterator[None]:
-    """Lets the other contestants go on where this one cannot; its row says why."""
-    try:
-        yield
-    except rivals.MissingError as error:
-        row.status = f"missing: {error}"
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
-        row.status = "out of memory" if out_of_memory else text
-
-
-def make_step(row: Row, student: torch.Tensor, teacher: torch.Tensor) -> measure.Step:
-    """What is timed: the contestant's value, or its value and gradient."""
-    loss = rivals.build(row.contestant, student.device, row.compiled)
-    if row.autocast:
-        loss = torch.autocast(student.device.type, getattr(torch, row.autocast))(loss)
-
-    def value_and_grad() -> tuple[torch.Tensor, ...]:
-        value = loss(student, teacher)
-        return value, *torch.autograd.grad(value, student)
-
-    def value() -> torch.Tensor:
-        with torch.no_grad():
-            return loss(student, teacher)
-
-    return value_and_grad if row.mode == "value_and_grad" else value
-
-
 def run_case(rows: list[Row], device: torch.device, repeats: int, min_time: float, advance: Callable[[], Any]) -> None:
     """Fills in the rows of one shape and mode."""
     torch._dynamo.reset()  # else the shapes add up to torch.compile's limit of recompilations
@@ -102,8 +73,8 @@ def run_case(rows: list[Row], device: torch.device, repeats: int, min_time: floa
     steps: dict[int, measure.Step] = {}
     times: dict[int, list[Measurement]] = {i: [] for i in range(len(rows))}
     for i, row in enumerate(rows):
-        with noted(row):
-            step = make_step(row, student, teacher)
+        with measure.noted(row):
+            step = measure.make_step(row, student, teacher)
             step()  # compiles; the measurements that follow warm up
             row.peak_bytes = measure.peak_bytes(step, device)
             row.operations = measure.operations(step, device, row.compiled)
@@ -112,7 +83,7 @@ def run_case(rows: list[Row], device: torch.device, repeats: int, min_time: floa
     for turn, (i, step) in product(range(repeats), steps.items()):
         slow = turn >= 3 and times[i][-1].median > min_time
         if rows[i].status == "ok" and not slow:
-            with noted(rows[i]):
+            with measure.noted(rows[i]):
                 times[i].append(measure.timer(step).blocked_autorange(min_run_time=min_time))
     for row, measured in zip(rows, times.values(), strict=True):
         if measured and row.status == "ok":
@@ -144,13 +115,13 @@ def table(rows: list[Row]) -> Table:
     return result
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.processor() or platform.machine())}, {torch.get_num_threads()} threads"
+    return f"{next(names, platform.processor() or platform.machine())}, {threads} thread{'s' * (threads > 1)}"
 
 
 def commit() -> str:
@@ -178,7 +149,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--shapes", type=shape, nargs="+", metavar="BxD", help="rows x features, such as 128x768 64x4096"
     )
     parser.add_argument("--modes", choices=MODES, nargs="+", default=MODES, help="default: both")
-    parser.add_argument("--contestants", choices=rivals.NAMES, nargs="+", default=rivals.NAMES, help="default: all")
+    names = (*rivals.NAMES, *rivals.DISTRIBUTED)
+    parser.add_argument("--contestants", choices=names, nargs="+", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--no-compile", action="store_true", help="eager contestants only")
     parser.add_argument("--repeats", type=int, default=5, help="rounds in which all take turns (default: %(default)s)")
     parser.add_argument(
@@ -192,24 +164,45 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--table", type=Path, metavar="CSV", help="print the README's table of that file (and --plot it); run nothing"
     )
+    parser.add_argument(
+        "--nproc", type=int, nargs="+", metavar="N", help="the loss of the batch of N processes on this machine's CPU"
+    )
+    parser.add_argument(
+        "--nproc-table", action="store_true", help="print the bytes sent on paper, up to 1024 processes; run nothing"
+    )
     args = parser.parse_args(argv)
+    names = rivals.DISTRIBUTED if args.nproc else rivals.NAMES
+    args.contestants = args.contestants or names
+    if stray := set(args.contestants) - set(names):
+        parser.error(f"{', '.join(stray)}: not {'with' if args.nproc else 'without'} --nproc")
+    if args.nproc and (args.device == "cuda" or args.plot):
+        parser.error("--nproc measures on the CPU and plots nothing: leave out --device cuda and --plot")
     args.device = torch.device(args.device)
     if args.quick:
-        args.shapes, args.repeats, args.min_time, args.no_compile = args.shapes or QUICK_SHAPES, 2, 0.01, True
-    args.shapes = args.shapes or SHAPES
+        quick = distributed.QUICK_SHAPES if args.nproc else QUICK_SHAPES
+        args.shapes, args.repeats, args.min_time, args.no_compile = args.shapes or quick, 2, 0.01, True
+    args.shapes = args.shapes or (distributed.SHAPES if args.nproc else SHAPES)
     return args
 
 
-def run(args: argparse.Namespace, command: str, console: Console) -> list[Row]:
-    """Measures every case, shows each as it is done, and keeps the CSV up to date."""
-    origin = {
-        "device": describe(args.device),
+def provenance(device: torch.device, threads: int, argv: Sequence[str] | None) -> dict[str, Any]:
+    return {
+        "device": describe(device, threads),
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "date": date.today().isoformat(),
         "commit": commit(),
-        "command": command,
+        "command": shlex.join(["python", "-m", "benchmarks.throughput", *(sys.argv[1:] if argv is None else argv)]),
     }
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def run(args: argparse.Namespace, origin: dict[str, Any], console: Console) -> list[Row]:
+    """Measures every case, shows each as it is done, and keeps the CSV up to date."""
     if not args.no_compile:  # naive breaks its graph at every shape, which torch tells at length
         warnings.filterwarnings("ignore", module="torch")
         torch._logging.set_logs(all=logging.ERROR)
@@ -217,8 +210,7 @@ def run(args: argparse.Namespace, command: str, console: Console) -> list[Row]:
     cases = list(product(args.shapes, args.modes))
     done: list[Row] = []
     rates = measure.Rates(0, 0)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=len(cases) * len(pairs))
         for (rows, features), mode in cases:
             progress.update(task, description=f"{rows} x {features} {mode}")
@@ -240,12 +232,15 @@ def run(args: argparse.Namespace, command: str, console: Console) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if args.table:
+    if args.nproc_table:
+        print(distributed.markdown_on_paper())
+    elif args.table:
         rows = report.read_csv(args.table)
         print(report.markdown(rows))
+    elif args.nproc:
+        distributed.run(args, provenance(args.device, 1, argv), progress_bar(Console()))
     else:
-        command = shlex.join(["python", "-m", "benchmarks.throughput", *(sys.argv[1:] if argv is None else argv)])
-        rows = run(args, command, Console())
+        rows = run(args, provenance(args.device, torch.get_num_threads(), argv), Console())
     if args.plot:
         report.plot(rows, args.plot)
 

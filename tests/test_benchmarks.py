@@ -2,6 +2,8 @@ import csv
 
 import pytest
 import torch
+from conftest import pair
+from pool import SIZE
 
 from benchmarks import rivals
 from rsd_loss import rsd_loss
@@ -97,3 +99,73 @@ def test_a_contestant_that_fails_is_reported(monkeypatch):
     throughput.run_case(rows, torch.device("cpu"), 1, 1e-3, lambda: None)
     assert [row.status for row in rows] == ["out of memory", "ok"]
     assert rows[0].median_ms is None
+
+
+def test_sent_bytes_by_hand():
+    pytest.importorskip("rich")
+    from benchmarks.distributed import markdown_on_paper, sent_bytes
+
+    # By features, K being 256 x 256: three halves of an embedding go to the other; K and six vectors around a ring.
+    wide = sent_bytes(128, 768, 2)
+    assert wide["distributed"] == 128 + 3 * 128 * 384 * 4 + (256 * 256 + 6 * 768) * 4
+    assert wide["gather+reference"] == wide["gather+fused"] == 3 * 128 * 768 * 4
+    # By rows: 3/2 of P, four vectors in float64 (two of them) or float32, and for the gradient one more.
+    tall = sent_bytes(1024, 384, 4)
+    assert tall["distributed"] == 3 * 128 + 1.5 * 4 * (384 * 384 + 2 * 2 * 384 + 2 * 384 + 384)
+    assert tall["gather+fused"] == 3 * 3 * 1024 * 384 * 4
+    assert sent_bytes(1024, 384, 4, mode="value")["gather+fused"] == 2 * 3 * 1024 * 384 * 4
+    assert f"| 64 | 2048 | rows | {3 * 63 * 128 * 2048 * 4 / 1e6:.0f} | 33.2 |" in markdown_on_paper()
+
+
+def sends_as_on_paper(rank, group, rows, features, dtype, mode):
+    from benchmarks import distributed, measure
+
+    student, teacher = (x[rank * rows :][:rows].clone() for x in pair(SIZE * rows, features, dtype))
+    student.requires_grad_()
+    first = None
+    for name in rivals.DISTRIBUTED:
+        row = distributed.Row(name, SIZE, rows, features, str(dtype), "", mode)
+        with distributed.SentBytes() as sent:
+            out = measure.make_step(row, student, teacher)()
+        counted = distributed.over_processes(sent.count, torch.distributed.ReduceOp.SUM) / SIZE
+        expected = distributed.sent_bytes(rows, features, SIZE, dtype.itemsize, mode)[name]
+        assert round(counted) == expected, (name, counted, expected)
+        if dtype == torch.float64:  # they compute the same loss
+            first = out if first is None else first
+            torch.testing.assert_close(out, first)
+
+
+@pytest.mark.parametrize("mode", ["value_and_grad", "value"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [15, 16, 17, 50])  # of 16 rows in all
+def test_sends_as_on_paper(pool, features, dtype, mode):
+    pytest.importorskip("rich")
+    pool.run(SIZE, sends_as_on_paper, 4, features, dtype, mode)
+
+
+def test_quick_run_of_several_processes(tmp_path):
+    pytest.importorskip("rich")
+    from benchmarks import distributed, throughput
+
+    path = tmp_path / "distributed.csv"
+    throughput.main(["--nproc", "2", "--quick", "--csv", str(path)])
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(distributed.QUICK_SHAPES) * len(throughput.MODES) * len(rivals.DISTRIBUTED)
+    assert {"iqr_ms", "note", "device", "torch", "threads", "date", "commit", "command"} <= lines[0].keys()
+    for line in lines:
+        assert (line["status"], line["processes"], line["threads"]) == ("ok", "2", "1")
+        assert float(line["median_ms"]) > 0
+        assert int(line["peak_bytes"]) > 0
+        shape = int(line["rows"]), int(line["features"])
+        assert int(line["sent_bytes"]) == distributed.sent_bytes(*shape, 2, mode=line["mode"])[line["contestant"]]
+
+
+def test_contestants_of_the_other_benchmark_are_refused(capsys):
+    pytest.importorskip("rich")
+    from benchmarks import throughput
+
+    for argv in (["--contestants", "distributed"], ["--nproc", "2", "--contestants", "naive"]):
+        with pytest.raises(SystemExit):
+            throughput.main(["--quick", *argv])
+        assert f"{argv[-1]}: not with" in capsys.readouterr().err
