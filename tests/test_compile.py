@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import IMPLEMENTATIONS, pair, upstream
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.torch_version import TorchVersion
 
 from rsd_loss import RSDLoss
 
@@ -24,7 +25,8 @@ def test_changing_batch_sizes(implementation, features):
         u = upstream((), torch.float32)
         grads = [torch.autograd.grad(x, student, u)[0] for x in (got, want)]
         torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5 * grads[1].abs().max().item())
-    assert counter.frame_count <= {"reference": 2, "fused": 3}[implementation]
+    if features > 1 or TorchVersion(torch.__version__) >= "2.7":  # 2.6 compiles a single column for many lengths
+        assert counter.frame_count <= {"reference": 2, "fused": 3}[implementation]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
