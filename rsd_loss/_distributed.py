@@ -45,26 +45,31 @@ def sum_over_features(x: Tensor, shard: Shard | None) -> Tensor:
 
 
 def merge_moments(
-    shard: Shard, rows: int, first: Tensor, mean: Tensor, squares: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    shard: Shard, rows: int, first: Tensor, means: Tensor, squares: Tensor, product: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The moments of all rows from those of this process's (Chan, Golub and LeVeque).
 
     Args:
         shard: A batch split by rows.
         rows: How many of them this process holds.
         first: (2, D) first row of both sides in float64, to which the means are relative.
-        mean: (2, D) means of the differences to the first row.
+        means: (2, D) means of the differences to the first row.
         squares: (2, D) sums of squares about the means.
+        product: (D, D) Ct' Cs about the means, if it is to be completed too.
 
     Returns:
-        Mean, relative to the same first row, and sum of squares of the whole batch; and the process's own mean less
-        that of the whole batch.
+        The means relative to the same first row, the squares and the product of the whole batch (no rows of it if
+        none was given); and the process's own means less those of the whole batch.
     """
     # float64, because processes have no common first row, and an offset of 1e4 would leave float32 few digits.
-    own = first + mean
+    own = first + means
     whole = _Sum.apply(rows * own, shard.group) / shard.rows
-    apart = (own - whole).to(mean.dtype)
-    return (whole - first).to(mean.dtype), _Sum.apply(squares + rows * apart.square(), shard.group), apart
+    apart = (own - whole).to(means.dtype)
+    sums = [squares + rows * apart.square()]
+    if product is not None:
+        sums.append(torch.addr(product, apart[1], apart[0], alpha=rows))
+    total = _Sum.apply(torch.cat(sums), shard.group)
+    return (whole - first).to(means.dtype), total[:2], total[2:], apart
 
 
 def group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None":

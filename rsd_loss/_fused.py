@@ -145,17 +145,16 @@ def _tall(
     student: Tensor, teacher: Tensor, eps: float, shard: Shard | None
 ) -> tuple[Tensor, Tensor, _Columns, _Columns, Tensor]:
     """d, q, the statistics of both sides, and P (D, D) in their dtype."""
-    if _streams(student, teacher):
-        moments = _streamed_moments_op if torch.compiler.is_compiling() else _streamed_moments
-        means, squares, p = moments(student, teacher)
-        columns_s, columns_t, apart = _columns(student, teacher, means, squares, eps, shard)
-        if apart is not None:
-            p.addr_(apart[1], apart[0], alpha=student.shape[0])
+    if product_dtype(student, teacher) == _statistics_dtype(student, teacher):
+        means, squares, p = _moments(student, teacher)
+        if shard is not None:
+            means, squares, p, _ = merge_moments(shard, student.shape[0], _first(student, teacher), means, squares, p)
+        columns_s, columns_t = _columns(means, squares, student.shape[0] if shard is None else shard.rows, eps)
+        # The scales of both sides at once, on what is no larger than an input.
         p.mul_(columns_t.scale.unsqueeze(1)).mul_(columns_s.scale)
     else:
         z_s, z_t, columns_s, columns_t = _standardise_both(student, teacher, eps, shard)
-        p = torch.mm(z_t.T, z_s).to(columns_s.mean.dtype)
-    p = sum_over_rows(p, shard)
+        p = sum_over_rows(torch.mm(z_t.T, z_s).to(columns_s.mean.dtype), shard)
     return p.diagonal().clone(), p.square().sum(dim=0), columns_s, columns_t, p
 
 
@@ -211,10 +210,20 @@ def _losses(d: Tensor, q: Tensor, kappa: float) -> Tensor:
     return (d - 1).square() + kappa * (q - d.square())
 
 
-def _streamed_moments(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of the differences to the first row, sums of squares about them, both (2, D), and Ct' Cs (D, D).
+def _moments(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of the differences to the first row, sums of squares about them, both (2, D), and Ct' Cs (D, D)."""
+    if _streams(student, teacher):
+        streamed = _streamed_moments_op if torch.compiler.is_compiling() else _streamed_moments
+        moments: tuple[Tensor, Tensor, Tensor] = streamed(student, teacher)
+        return moments
+    both, means, squares = _centre_both(student, teacher)
+    return torch.stack(means), torch.stack(squares), torch.mm(both[1].T, both[0])
 
-    One pass: each block is centred on its own mean, and what the means differ by is added at the end (Chan, Golub and
+
+def _streamed_moments(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one pass, block by block.
+
+    Each block is centred on its own mean, and what the means differ by is added at the end (Chan, Golub and
     LeVeque). Every term is a sum of products of centred values, so that nothing cancels.
     """
     blocks, features = _blocks(student), student.shape[1]
@@ -278,43 +287,42 @@ def _standardise_both(
     student: Tensor, teacher: Tensor, eps: float, shard: Shard | None
 ) -> tuple[Tensor, Tensor, _Columns, _Columns]:
     """Both Z (B, D) in the dtype of the products."""
-    statistics = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    products = product_dtype(student, teacher)
+    (z_s, z_t), means, squares = _centre_both(student, teacher)
+    rows = student.shape[0]
+    if shard is not None and shard.by_rows:
+        stacked = (torch.stack(means), torch.stack(squares))
+        merged_means, merged_squares, _, apart = merge_moments(shard, rows, _first(student, teacher), *stacked)
+        z_s, z_t = z_s + apart[0], z_t + apart[1]
+        columns_s, columns_t = _columns(merged_means, merged_squares, shard.rows, eps)
+    else:
+        columns_s, columns_t = _columns(means, squares, rows, eps)
+    dtype = product_dtype(student, teacher)
+    return z_s.mul_(columns_s.scale).to(dtype), z_t.mul_(columns_t.scale).to(dtype), columns_s, columns_t
+
+
+def _centre_both(student: Tensor, teacher: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Both C, the means of the differences to the first row and the sums of squares, in the dtype of the statistics."""
     both, means, squares = [], [], []
     for x in (student, teacher):
-        x = x.to(statistics)
+        x = x.to(_statistics_dtype(student, teacher))
         centred = x - x[0]
         means.append(centred.mean(dim=0))
         centred -= means[-1]
         squares.append(_column_dot(centred, centred))
         both.append(centred)
-    columns_s, columns_t, apart = _columns(student, teacher, means, squares, eps, shard)
-    if apart is not None:
-        both[0] += apart[0]
-        both[1] += apart[1]
-    z_s, z_t = both[0].mul_(columns_s.scale).to(products), both[1].mul_(columns_t.scale).to(products)
-    return z_s, z_t, columns_s, columns_t
+    return both, means, squares
 
 
 def _columns(
-    student: Tensor,
-    teacher: Tensor,
-    means: Sequence[Tensor] | Tensor,
-    squares: Sequence[Tensor] | Tensor,
-    eps: float,
-    shard: Shard | None,
-) -> tuple[_Columns, _Columns, Tensor | None]:
-    """The statistics of both sides; and (2, D) what to add to rows centred on a mean that is not the whole batch's."""
-    rows, apart = student.shape[0], None
-    if shard is not None and shard.by_rows:
-        first = torch.stack((student[0].double(), teacher[0].double()))
-        means, squares, apart = merge_moments(
-            shard, rows, first, torch.stack(tuple(means)), torch.stack(tuple(squares))
-        )
-        rows = shard.rows
+    means: Sequence[Tensor] | Tensor, squares: Sequence[Tensor] | Tensor, rows: int, eps: float
+) -> tuple[_Columns, _Columns]:
     norms = [x.sqrt() for x in squares]
     columns = [_Columns(mean, n, (n + eps * rows**0.5).reciprocal()) for mean, n in zip(means, norms, strict=True)]
-    return columns[0], columns[1], apart
+    return columns[0], columns[1]
+
+
+def _first(student: Tensor, teacher: Tensor) -> Tensor:
+    return torch.stack((student[0].double(), teacher[0].double()))
 
 
 def _apply(columns: _Columns, x: Tensor) -> Tensor:
@@ -325,6 +333,10 @@ def _apply(columns: _Columns, x: Tensor) -> Tensor:
 def _column_dot(a: Tensor, b: Tensor) -> Tensor:
     """colsum(a o b), in at least float32."""
     return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(dim=-2)
+
+
+def _statistics_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
 
 
 def product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:

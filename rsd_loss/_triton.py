@@ -157,7 +157,7 @@ def _forward(
         mean = (counts * means).sum(dim=1) / batch
         squares = (squares + counts * (means - mean.unsqueeze(1)).square()).sum(dim=1)
         first = torch.stack((student[0].double(), teacher[0].double()))
-        mean, squares, _ = merge_moments(shard, batch, first, mean, squares)
+        mean, squares, _, _ = merge_moments(shard, batch, first, mean, squares)
         # Every part is given the mean of all and its share of the squares, so that the kernel finds the same in them.
         moments.copy_(torch.stack((mean, squares / parts), dim=1).unsqueeze(1))
     whole = _whole(z, shard)
