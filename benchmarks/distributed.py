@@ -200,6 +200,36 @@ def table(rows: list[Row]) -> Table:
     return result
 
 
+def markdown(rows: list[Row]) -> str:
+    """The documentation's table, of the value with the student's gradient, and a line that says where it comes from."""
+    lines = [
+        "| processes | rows x features in each | gather+reference, ms | gather+fused, ms | distributed, ms "
+        "| over gather+fused | MB sent, gathering / distributed | peak MB, gather+fused / distributed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in rows if row.mode == "value_and_grad"]
+    for case in dict.fromkeys((row.processes, row.rows, row.features) for row in rows):
+        plain, fused, ours = (
+            next(row for row in rows if (row.contestant, row.processes, row.rows, row.features) == (name, *case))
+            for name in ("gather+reference", "gather+fused", "distributed")
+        )
+        megabytes = [
+            " / ".join(short((getattr(row, name) or 0) / 1e6) for row in (fused, ours))
+            for name in ("sent_bytes", "peak_bytes")
+        ]
+        times = (short(row.median_ms) for row in (plain, fused, ours))
+        ratio = short(fused.median_ms / ours.median_ms, "x") if fused.median_ms and ours.median_ms else "-"
+        lines.append(f"| {' | '.join(map(str, (case[0], f'{case[1]} x {case[2]}', *times, ratio, *megabytes)))} |")
+    first = rows[0]
+    notes = "; ".join(dict.fromkeys(row.note for row in rows if row.note))
+    lines += [
+        "",
+        f"Value and student's gradient, {first.dtype}, gloo; medians. {notes[:1].upper()}{notes[1:]}.",
+        f"{first.device} in each process; torch {first.torch}; {first.date}; commit {first.commit}; `{first.command}`",
+    ]
+    return "\n".join(lines)
+
+
 def markdown_on_paper() -> str:
     """What is sent with the paper's batch in each process, for more of them than one machine has."""
     lines = [

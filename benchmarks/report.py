@@ -58,7 +58,7 @@ def write_csv(rows: list[Any], path: Path) -> None:
             writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values})
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path, row: type[Any] = Row) -> list[Any]:
     def parse(kind: object, text: str) -> object:
         if kind is str:
             return text
@@ -67,7 +67,7 @@ def read_csv(path: Path) -> list[Row]:
         return (int if kind in (int, int | None) else float)(text) if text else None
 
     with path.open(newline="") as file:
-        return [Row(**{f.name: parse(f.type, line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
+        return [row(**{f.name: parse(f.type, line[f.name]) for f in fields(row)}) for line in csv.DictReader(file)]
 
 
 def short(value: float | None, unit: str = "") -> str:

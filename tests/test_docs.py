@@ -26,16 +26,25 @@ def test_readme_command_is_one_line_in_a_block(name):
     assert command.startswith("python3 -m venv .venv && ")
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/fast-path.md", "docs/distributed.md"])
 def test_links_within_the_repository(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
-        assert (ROOT / target).exists(), target
+        assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
 def test_readme_table_is_that_of_the_results():
     report = pytest.importorskip("benchmarks.report", reason="needs the bench extra")
     table = report.markdown(report.read_csv(ROOT / "benchmarks" / "results" / "throughput_cpu.csv"))
     assert table.strip() in README
+
+
+def test_distributed_tables_are_those_of_the_results():
+    report = pytest.importorskip("benchmarks.report", reason="needs the bench extra")
+    distributed = pytest.importorskip("benchmarks.distributed", reason="needs the bench extra")
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    rows = report.read_csv(ROOT / "benchmarks" / "results" / "distributed_cpu.csv", distributed.Row)
+    assert distributed.markdown(rows) in page
+    assert distributed.markdown_on_paper() in page
 
 
 def test_digits_example(tmp_path):
