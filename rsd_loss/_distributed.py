@@ -157,7 +157,7 @@ def feature_losses(
     if features <= whole:
         losses, d, q = implementation(student, teacher, kappa, eps, Shard(group, whole, features, by_rows=True))
         return _SumGradients.apply(losses, group), d, q
-    shares = [len(share) for share in torch.arange(features, device="cpu").tensor_split(len(rows))]
+    shares = [features // len(rows) + (rank < features % len(rows)) for rank in range(len(rows))]
     args = (_Exchange.apply(x, rows, shares, group) for x in (student, teacher))
     shared = implementation(*args, kappa, eps, Shard(group, whole, features, by_rows=False))
     rank = dist.get_rank(group)
