@@ -450,8 +450,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cache", type=Path, default=cache, help="for teachers and their outputs (default: %(default)s)")
     add("--csv", type=Path, default=Path("benchmarks/results/distill.csv"), help="default: %(default)s")
     args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
     # As anybody could type it: where one machine keeps its images and its cache is of no use to another.
-    words = [Path(word).name if Path(word).is_dir() else word for word in (sys.argv[1:] if argv is None else argv)]
+    words = [Path(word).name if Path(word).is_absolute() or Path(word).is_dir() else word for word in given]
     args.command = shlex.join(["python", "-m", "benchmarks.distill", *words])
     return args
 
