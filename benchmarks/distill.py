@@ -241,7 +241,7 @@ class Bench:
         self.teachers: dict[str, tuple[nn.Module, Outputs, Run]] = {}
         self.views = draw_views((count, args.views), torch.Generator().manual_seed(0)).to(self.device)
         self.origin = {
-            "device": describe(self.device),
+            "device": describe(self.device, torch.get_num_threads()),
             "torch": str(torch.__version__),
             "commit": commit(),
             "date": date.today().isoformat(),

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 SIZE = 4
-SECONDS = 20
+SECONDS = 30
 
 
 class Pool:
