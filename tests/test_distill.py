@@ -226,3 +226,17 @@ def test_overhead_of_the_pair_that_the_paper_quotes():
     assert row["student_parameters"] / 1e6 == pytest.approx(9.6, abs=0.05)
     assert row["ofa_added"] / 1e6 == pytest.approx(28.2, abs=0.05)
     assert row["rsd_added"] == 512 * 1024 + 2 * 1024 + 1024 * 768
+
+
+def test_table_pairs_the_seeds(tmp_path):
+    """A gain is over the student alone of the same seeds, of which there may be more."""
+    shared = {"data": "d", "pair": "cnn_vit", "teacher_epochs": 1, "epochs": 2, "batch": 8, "precision": "float32"}
+    shared |= {"views": 1, "reduction": "", "warmup": 0.0, "device": "a machine", "command": "python -m x"}
+    for method, kappa, accuracies in (("none", None, (40.0, 50.0, 48.0)), ("rsd", 0.01, (44.0, 53.0))):
+        for seed, accuracy in enumerate(accuracies):
+            settings = {"method": method, "seed": seed, "weight": 0.1, "kappa": kappa, "added_parameters": 1234}
+            distill.append(distill.Run(**shared, **settings, test_accuracy=accuracy, date="2026-01-02"), tmp_path / "x")
+    table = distill.markdown(tmp_path / "x")
+    assert "| cnn_vit | rsd | 0.1 | 0.01 | 2 | 48.5 ± 6.4 | +3.5 | 1,234 |\n" in table
+    assert "| cnn_vit | none | 0.1 |  | 3 | 46.0 ± 5.3 |  | 1,234 |\n" in table
+    assert table.endswith("2026-01-02; the commands:\n\n```\npython -m x\n```")
