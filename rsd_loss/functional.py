@@ -179,13 +179,13 @@ def cross_correlation(
 def _own_losses(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, implementation: Implementation
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_embeddings(student, teacher, same_width=True)
+    check_embeddings(student, teacher, same_width=True)
     return _backend(implementation, student, teacher)(student, teacher, kappa, eps, None)
 
 
 def _own_correlation(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
     _check_non_negative("eps", eps)
-    _check_embeddings(student, teacher)
+    check_embeddings(student, teacher)
     return reference.cross_correlation(student, teacher, eps)
 
 
@@ -209,7 +209,7 @@ def _gathered_losses(
         return _own_losses(student, teacher, kappa, eps, implementation)
     try:
         check_settings(kappa, eps, reduction, implementation, True, process_group)
-        _check_embeddings(student, teacher, same_width=True, min_rows=1)
+        check_embeddings(student, teacher, same_width=True, min_rows=1)
         feature_losses = _backend(implementation, student, teacher)
     except (TypeError, ValueError, RuntimeError) as error:
         _distributed.fail(error, student, group)
@@ -233,7 +233,7 @@ def _gathered_correlation(student: Tensor, teacher: Tensor, eps: float, process_
         return _own_correlation(student, teacher, eps)
     try:
         _check_non_negative("eps", eps)
-        _check_embeddings(student, teacher, min_rows=1)
+        check_embeddings(student, teacher, min_rows=1)
     except (TypeError, ValueError) as error:
         _distributed.fail(error, student, group)
     rows = _distributed.agree(student, teacher, {"eps": float(eps)}, group)
@@ -287,7 +287,7 @@ def _check_gather(gather_distributed: bool, process_group: "ProcessGroup | None"
         raise ValueError("process_group is given but gather_distributed is False: pass gather_distributed=True with it")
 
 
-def _check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False, min_rows: int = 2) -> None:
+def check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False, min_rows: int = 2) -> None:
     """Raises unless both are (B, D) floating-point tensors that fit; looks at metadata only, never at values."""
     for name, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, Tensor):

@@ -18,11 +18,16 @@ SIGNATURES = {
     "RSDTerms": "(invariance, decorrelation)",
     "features.pool": "(x, *, prefix_tokens=0)",
     "features.dense_pairs": "(student, teacher, *, prefix_tokens=0, grid=None)",
+    "diagnostics.Summary": "(mean_diagonal, off_diagonal_rms, effective_rank, linear_cka)",
+    "diagnostics.summary": "(student, teacher, *, eps=1e-05)",
+    "diagnostics.plot_cross_correlation": "(student, teacher, *, eps=1e-05, ax=None, **imshow)",
 }
 
 
 def test_names():
-    assert sorted(rsd_loss.__all__) == sorted([name for name in SIGNATURES if "." not in name] + ["features"])
+    assert sorted(rsd_loss.__all__) == sorted(
+        [name for name in SIGNATURES if "." not in name] + ["diagnostics", "features"]
+    )
     assert re.fullmatch(r"\d+\.\d+\.\d+", rsd_loss.__version__)
 
 

@@ -26,7 +26,9 @@ def test_readme_command_is_one_line_in_a_block(name):
     assert command.startswith("python3 -m venv .venv && ")
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/fast-path.md", "docs/distributed.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/fast-path.md", "docs/distributed.md", "docs/evidence.md"]
+)
 def test_links_within_the_repository(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target
@@ -45,6 +47,14 @@ def test_distributed_tables_are_those_of_the_results():
     rows = report.read_csv(ROOT / "benchmarks" / "results" / "distributed_cpu.csv", distributed.Row)
     assert distributed.markdown(rows) in page
     assert distributed.markdown_on_paper() in page
+
+
+def test_evidence_tables_are_those_of_the_results():
+    distill = pytest.importorskip("benchmarks.distill", reason="needs the bench extra")
+    overhead = pytest.importorskip("benchmarks.overhead", reason="needs the bench extra")
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    assert distill.markdown(ROOT / "benchmarks" / "results" / "distill.csv") in page
+    assert overhead.markdown(ROOT / "benchmarks" / "results" / "overhead.csv") in page
 
 
 def test_digits_example(tmp_path):

@@ -1,0 +1,91 @@
+"""The numbers to log, against their formulas written out on the full matrices."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import pair
+from test_memory import SYNCHRONISING, Watch
+
+from rsd_loss import cross_correlation
+from rsd_loss.diagnostics import plot_cross_correlation, summary
+
+SHAPES = [(5, 12), (12, 5), (7, 7), (30, 1), (2, 3)]
+
+
+def naive(student, teacher):
+    p = cross_correlation(student, teacher, eps=1e-5)
+    off_diagonal = p[~torch.eye(len(p), dtype=torch.bool)]
+    z = (student - student.mean(0)) / (student.std(0, correction=0) + 1e-5)
+    singular = torch.linalg.svdvals(z)
+    weights = singular / singular.sum()
+    entropy = -(weights * weights.clamp_min(1e-300).log()).sum()
+    x, y = student - student.mean(0), teacher - teacher.mean(0)
+    cka = (y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+    rms = off_diagonal.square().mean().sqrt() if len(p) > 1 else p.new_zeros(())
+    return p.diagonal().mean(), rms, entropy.exp(), cka
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_summary(shape):
+    student, teacher = pair(*shape)
+    student.requires_grad_()
+    got = summary(student, teacher)
+    # A singular value that should be 0 comes as the root of a rounding error, 1e-8.
+    torch.testing.assert_close(list(got), list(naive(student.detach(), teacher)), rtol=1e-6, atol=1e-6)
+    assert not any(x.requires_grad for x in got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_summary_in_other_dtypes(dtype, autocast):
+    student, teacher = pair(40, 24, dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = summary(student, teacher)
+    assert all(x.dtype == torch.float32 for x in got)
+    want = summary(student.double(), teacher.double())
+    torch.testing.assert_close(list(got), [x.float() for x in want], rtol=1e-4, atol=1e-4)  # float32 from there on
+
+
+def test_extremes():
+    x = torch.randn(50, 6, dtype=torch.float64)
+    same = summary(x, 3 * x + 1)
+    torch.testing.assert_close(same.mean_diagonal.item(), 1.0, rtol=0, atol=1e-4)  # eps
+    torch.testing.assert_close(same.linear_cka.item(), 1.0)
+    one = summary(x[:, :1].expand(-1, 6) * torch.arange(1, 7), x)
+    torch.testing.assert_close(one.effective_rank.item(), 1.0, rtol=1e-5, atol=0)
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    torch.testing.assert_close(summary(x @ rotation, x).linear_cka.item(), 1.0)
+    assert all(value.isfinite() for value in summary(torch.ones(4, 3), torch.ones(4, 3)))
+
+
+@pytest.mark.parametrize("shape", [(8, 200), (200, 8)])
+def test_summary_is_cheap(shape):
+    student, teacher = pair(*shape, torch.float32)
+    with Watch() as watch:
+        summary(student, teacher)
+    assert watch.largest <= student.numel()
+    assert not SYNCHRONISING & set(watch.operations)
+
+
+def test_widths_differ():
+    with pytest.raises(ValueError, match=r"project the student with DecouplingProjector\(4, 6\)"):
+        summary(torch.randn(8, 4), torch.randn(8, 6))
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    student, teacher = torch.randn(20, 4, requires_grad=True), torch.randn(20, 6)
+    ax = plot_cross_correlation(student, teacher, cmap="PuOr")
+    (image,) = ax.get_images()
+    torch.testing.assert_close(torch.as_tensor(image.get_array().data), cross_correlation(student, teacher).detach())
+    assert image.get_cmap().name == "PuOr"
+    ax.figure.savefig(tmp_path / "p.png")
+    again = plot_cross_correlation(student, teacher, ax=ax.figure.add_subplot())
+    assert again.figure is ax.figure
+
+
+def test_matplotlib_is_imported_on_use():
+    code = "import sys, rsd_loss.diagnostics; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
