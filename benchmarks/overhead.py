@@ -105,6 +105,21 @@ def table(found: list[dict[str, str | int | float]]) -> Table:
     return result
 
 
+def markdown(path: Path) -> str:
+    """The table of a file, in millions, and where it comes from."""
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    lines = ["| classes | teacher | student | student | RSD adds | OFA adds |", "|---" * 6 + "|"]
+    for row in found:
+        millions = {name: f"{int(row[name]) / 1e6:.2f}" for name in ("student_parameters", "rsd_added", "ofa_added")}
+        added = (f"{millions[f'{name}_added']} ({row[f'{name}_percent']} %)" for name in ("rsd", "ofa"))
+        cells = (row["classes"], row["teacher"], row["student"], millions["student_parameters"], *added)
+        lines.append(f"| {' | '.join(cells)} |")
+    first = found[0]
+    lines += ["", f"timm {first['timm']}; {first['date']}; commit {first['commit']}; `{first['command']}`"]
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there")
