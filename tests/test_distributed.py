@@ -204,7 +204,7 @@ def training(rank, group, rows, wrapper, compiled):
     if compiled:
         torch._dynamo.reset()
         criterion = torch.compile(criterion, backend="aot_eager")
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (alone, ours)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=2e-3, momentum=0.9) for model in (alone, ours)]
     for step in range(20):
         images, teacher = torch.randn(sum(rows), 10).double(), torch.randn(sum(rows), 24).double()
         _, projected = alone(images)
@@ -218,8 +218,7 @@ def training(rank, group, rows, wrapper, compiled):
             optimizer.step()
             optimizer.zero_grad()
     for parameter, want in zip(ours.parameters(), alone.parameters(), strict=True):
-        # Adam divides by the root of small squares, which magnifies rounding.
-        assert_close(parameter.full_tensor() if wrapper == "fsdp" else parameter, want, rtol=1e-7, atol=1e-7)
+        assert_close(parameter.full_tensor() if wrapper == "fsdp" else parameter, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
