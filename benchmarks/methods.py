@@ -15,8 +15,9 @@ from einops import rearrange
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from rsd_loss import DecouplingProjector, RSDLoss
+from rsd_loss import DecouplingProjector, RSDLoss, rsd_loss
 from rsd_loss.features import dense_pairs, pool
+from rsd_loss.reference import standardise
 
 
 class Outputs(NamedTuple):
@@ -84,14 +85,14 @@ def dist_loss(
     return temperature**2 * (beta * distance(s, t, 1) + gamma * distance(s, t, 0))
 
 
-def ofa_loss(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float = 1.0) -> Tensor:
-    """OFA (Hao et al., NeurIPS 2023): -(1 + p_t)^gamma log p_s of the label, - p_t log p_s of every other class.
+def ofa_loss(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float = 1.5) -> Tensor:
+    """OFA (Hao et al., NeurIPS 2023): -((1 + p_t)^gamma - 1) log p_s of the label, -p_t^gamma log p_s of the others.
 
-    The label's own cross-entropy is part of it, and the surer the teacher is of the label, the more it counts.
+    The surer the teacher is of the label, the more it counts. The paper's formula has the label's own cross-entropy in
+    it, which the authors' code leaves to the student's own logits alone, as here. 1.5 is the gamma of their example.
     """
-    target = F.one_hot(labels, student.shape[1]).bool()
-    p_t = F.softmax(teacher, dim=1)
-    weights = torch.where(target, (1 + p_t) ** gamma, p_t)
+    target = F.one_hot(labels, student.shape[1])
+    weights = (F.softmax(teacher, dim=1) + target) ** gamma - target
     return -(weights * F.log_softmax(student, dim=1)).sum(dim=1).mean()
 
 
@@ -117,6 +118,19 @@ def sdd_loss(
                     share = chosen.to(s.dtype).mean()
                     total = total + factor * share * dkd_loss(s[chosen], t[chosen], labels[chosen])
     return total
+
+
+def debiased_loss(student: Tensor, teacher: Tensor, kappa: float) -> Tensor:
+    """RSD whose decorrelation leaves out the products of a sample with itself, as unbiased HSIC and CKA do.
+
+    They are what sum_ij P_ij^2 has left, about D^2 / B, where student and teacher are independent.
+    """
+    loss = rsd_loss(student, teacher, kappa=0.0)
+    z_s, z_t = standardise(student, 1e-5), standardise(teacher, 1e-5)
+    p = z_t.T @ z_s / len(z_s)
+    own = (z_t.square().T @ z_s.square()) / len(z_s) ** 2
+    apart = p.square() - own
+    return loss + kappa * (apart.sum() - apart.diagonal().sum())
 
 
 # Methods
@@ -176,8 +190,7 @@ def ofa(setup: Setup, added: nn.ModuleList) -> Term:
 
     def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
         branches = [projector(stage).float() for projector, stage in zip(projectors, s.stages, strict=True)]
-        total = torch.stack([ofa_loss(logits, t.logits, y) for logits in (*branches, s.logits)]).sum()
-        return total - F.cross_entropy(s.logits, y)  # which the total loss has already
+        return torch.stack([ofa_loss(logits, t.logits, y) for logits in (*branches, s.logits)]).sum()
 
     return term
 
@@ -230,6 +243,13 @@ def rsd_dense(setup: Setup, added: nn.ModuleList) -> Term:
         return last(s, t, y) + criterion(projector(student), teacher)
 
     return term
+
+
+def rsd_debiased(setup: Setup, added: nn.ModuleList) -> Term:
+    """RSD with the debiased decorrelation."""
+    projector = DecouplingProjector(setup.student.embedding.shape[1], setup.teacher.embedding.shape[1])
+    added.append(projector)
+    return lambda s, t, y: debiased_loss(projector(s.embedding), t.embedding, setup.kappa)
 
 
 def ofa_rsd(setup: Setup, added: nn.ModuleList) -> Term:
@@ -292,6 +312,9 @@ def ofa_projector(
             out = 2 * width if grid > side else max(widths)
             layers += [_separable(width, width, stride=2), _separable(width, out, stride=1)]
             width = out
+        if not layers:
+            layers.append(nn.Conv2d(width, max(widths), 1))
+            width = max(widths)
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     else:
         width, grid = shape[1], math.isqrt(shape[0])
@@ -353,6 +376,7 @@ METHODS = {
     "rsd_logits": Method(rsd_logits, 0.1, kappa=0.01),
     "rsd_stages": Method(rsd_stages, 0.1, kappa=0.01),
     "rsd_dense": Method(rsd_dense, 0.1, kappa=0.01),
+    "rsd_debiased": Method(rsd_debiased, 0.1, kappa=0.01),
     "ofa_rsd": Method(ofa_rsd, 0.1, kappa=0.01),
     "sdd": Method(sdd, 1.0, warmup=30 / 240),
 }

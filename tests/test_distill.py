@@ -1,6 +1,7 @@
 """The distillation benchmark: its losses against slow formulas, and a run of every method on a few random images."""
 
 import csv
+import itertools
 import math
 
 import numpy as np
@@ -70,8 +71,8 @@ def test_ofa(batch, gamma):
     expected = []
     for student, teacher, label in zip(*batch, strict=True):
         p_s, p_t = softmax(student), softmax(teacher)
-        of_label = (1 + p_t[label]) ** gamma * math.log(p_s[label])
-        expected.append(-of_label - sum(p_t[i] * math.log(p_s[i]) for i in range(5) if i != label))
+        of_label = ((1 + p_t[label]) ** gamma - 1) * math.log(p_s[label])
+        expected.append(-of_label - sum(p_t[i] ** gamma * math.log(p_s[i]) for i in range(5) if i != label))
     assert methods.ofa_loss(*batch, gamma=gamma).item() == pytest.approx(np.mean(expected), rel=1e-9)
 
 
@@ -92,6 +93,18 @@ def test_sdd():
                     total += (2 if other else 1) * slow_dkd(cell_s, cell_t, int(y)) / len(labels)
     assert 0 < complementary < 30
     assert methods.sdd_loss(student, teacher, labels).item() == pytest.approx(total, rel=1e-9)
+
+
+def test_debiased_decorrelation_leaves_out_each_sample_with_itself(batch):
+    student, teacher = batch[0], batch[1]
+    count = len(student)
+    expected = 0.0
+    z_s, z_t = ((x - x.mean(0)) / (x.std(0, correction=0) + 1e-5) for x in (student, teacher))
+    for i, j, n, m in itertools.product(range(5), range(5), range(count), range(count)):
+        if i != j and n != m:
+            expected += (z_t[n, i] * z_s[n, j] * z_t[m, i] * z_s[m, j]).item() / count**2
+    expected = ((z_t * z_s).mean(0) - 1).square().sum().item() + 0.3 * expected
+    assert methods.debiased_loss(student, teacher, kappa=0.3).item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["resnet_small", "vit_small", "resmlp_small"])
