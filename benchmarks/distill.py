@@ -459,7 +459,13 @@ def markdown(path: Path) -> str:
         "",
         f"{'; '.join(origin)}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "") + "; the commands:",
     ]
-    table += ["", "```", *dict.fromkeys(line["command"] for line in lines), "```"]
+    table += [
+        "",
+        "<!-- not run: hours of training -->",
+        "```",
+        *dict.fromkeys(line["command"] for line in lines),
+        "```",
+    ]
     return "\n".join(table)
 
 

@@ -55,7 +55,7 @@ def unavailable(*embeddings: Tensor) -> str | None:
 def feature_losses(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-feature losses, P_jj and sum_i P_ij^2, as :func:`rsd_loss.reference.feature_losses`, in float32.
+    """Per-feature losses, P_jj and sum_i P_ij^2, as ``rsd_loss.reference.feature_losses``, in float32.
 
     Keeps until backward the embeddings and, in the dtype of the products (that of autocast, else of the embeddings),
     both standardised and P, or M if D exceeds B.

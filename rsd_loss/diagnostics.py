@@ -40,10 +40,10 @@ def summary(student: Tensor, teacher: Tensor, *, eps: float = 1e-5) -> Summary:
     Args:
         student: (B, D) projected student embeddings, as the loss gets them; float16, bfloat16, float32 or float64.
         teacher: (B, D) teacher embeddings of the same samples in the same order.
-        eps: Added to the standard deviation, as in :func:`rsd_loss.rsd_loss`.
+        eps: Added to the standard deviation, as in ``rsd_loss.rsd_loss``.
 
     Returns:
-        A :class:`Summary` in float32, or float64 for float64 embeddings.
+        A ``Summary`` in float32, or float64 for float64 embeddings.
 
     Raises:
         TypeError: An embedding is not a floating-point tensor.
@@ -76,7 +76,7 @@ def plot_cross_correlation(
     Args:
         student: (B, D_student) embeddings.
         teacher: (B, D_teacher) embeddings of the same samples in the same order.
-        eps: Added to the standard deviation, as in :func:`rsd_loss.cross_correlation`.
+        eps: Added to the standard deviation, as in ``rsd_loss.cross_correlation``.
         ax: Where to draw; by default in a new figure, which shows on no screen: save it with ``ax.figure.savefig``.
         **imshow: For ``Axes.imshow``.
 

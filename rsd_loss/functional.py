@@ -97,14 +97,14 @@ def rsd_loss(
 
     With Z the embeddings standardised per feature over the batch, and the cross-correlation P = Zt' Zs / B,
 
-    .. math:: L = \sum_i (P_{ii} - 1)^2 + \kappa \sum_{i \ne j} P_{ij}^2
+    $$ L = \sum_i (P_{ii} - 1)^2 + \kappa \sum_{i \ne j} P_{ij}^2 $$
 
     The diagonal ties each student feature to its teacher feature (invariance maximisation); the off-diagonal keeps
     it from repeating the others (feature decorrelation). Source: Zhang, Liu, Ran and Ma, "Cross-Architecture
     Distillation Made Simple with Redundancy Suppression", ICCV 2025, arXiv 2507.21844.
 
     Args:
-        student: (B, D) student embeddings, usually from :class:`DecouplingProjector`; B >= 2; float16, bfloat16,
+        student: (B, D) student embeddings, usually from ``DecouplingProjector``; B >= 2; float16, bfloat16,
             float32 or float64.
         teacher: (B, D) teacher embeddings of the same samples in the same order. A teacher that requires grad gets
             its gradient; use ``torch.no_grad()`` around a frozen one.
@@ -153,13 +153,13 @@ def cross_correlation(
 ) -> Tensor:
     """Cross-correlation matrix of two batches of embeddings, P = Zt' Zs / B.
 
-    Use it to look at the matrix or to build a loss of one's own; :func:`rsd_loss` does not need to form it.
+    Use it to look at the matrix or to build a loss of one's own; ``rsd_loss`` does not need to form it.
 
     Args:
         student: (B, D_student) embeddings; B >= 2; float16, bfloat16, float32 or float64.
         teacher: (B, D_teacher) embeddings of the same samples in the same order; the widths may differ.
         eps: Added to the standard deviation (outside the root), in the units of the embeddings.
-        gather_distributed: Take the batch to be that of all processes in ``process_group``, as in :func:`rsd_loss`.
+        gather_distributed: Take the batch to be that of all processes in ``process_group``, as in ``rsd_loss``.
         process_group: The processes to gather over; the default group if None.
 
     Returns:

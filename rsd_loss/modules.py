@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class RSDLoss(nn.Module):
-    """Redundancy Suppression Distillation loss; see :func:`rsd_loss` for the mathematics and every argument.
+    """Redundancy Suppression Distillation loss; see ``rsd_loss`` for the mathematics and every argument.
 
     It has no parameters: the projector stays separate, since its parameters belong to the student's optimizer,
-    wrapper and checkpoints.
+    wrapper and checkpoints. Source: Zhang, Liu, Ran and Ma, ICCV 2025, arXiv 2507.21844.
 
     Args:
         kappa: Weight of the decorrelation term; the paper's value is 0.01.
@@ -25,6 +25,10 @@ class RSDLoss(nn.Module):
         process_group: The processes to gather over; the default group if None.
         implementation: ``"auto"``, ``"fused"``, ``"triton"`` or ``"reference"``.
         return_terms: Return ``(loss, RSDTerms)`` rather than the loss.
+
+    Shape:
+        Student (B, D) and teacher (B, D), in float16, bfloat16, float32 or float64; output a scalar, or (D,) for
+        ``reduction="none"``, in float64 for float64 embeddings, else float32.
 
     Raises:
         TypeError: kappa or eps is not a number.
@@ -58,7 +62,7 @@ class RSDLoss(nn.Module):
         self.return_terms = return_terms
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor | tuple[Tensor, RSDTerms]:
-        """(B, D) student and (B, D) teacher embeddings to the loss; see :func:`rsd_loss`."""
+        """(B, D) student and (B, D) teacher embeddings to the loss; see ``rsd_loss``."""
         return rsd_loss(
             student,
             teacher,
@@ -81,7 +85,8 @@ class DecouplingProjector(nn.Module):
     """Maps student embeddings to the teacher's width, and keeps the objective off the student's own features.
 
     Linear -> BatchNorm1d -> GELU -> Linear, both Linear layers without bias: the paper's architecture-agnostic
-    decoupling. Train it with the student (give the optimizer its parameters too) and drop it afterwards.
+    decoupling. Train it with the student (give the optimizer its parameters too) and drop it afterwards. Source: Zhang,
+    Liu, Ran and Ma, ICCV 2025, arXiv 2507.21844.
 
     Args:
         in_features: Width of the student's embedding.
@@ -91,7 +96,8 @@ class DecouplingProjector(nn.Module):
         dtype: Dtype of the parameters.
 
     Shape:
-        Input (B, in_features), output (B, out_features). B >= 2 in training mode, as for any BatchNorm1d.
+        Input (B, in_features), output (B, out_features), both of the parameters' dtype, float32 by default, or of
+        autocast's. B >= 2 in training mode, as for any BatchNorm1d.
 
     Raises:
         TypeError: A width or the expansion is not an int.

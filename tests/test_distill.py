@@ -252,4 +252,4 @@ def test_table_pairs_the_seeds(tmp_path):
     table = distill.markdown(tmp_path / "x")
     assert "| cnn_vit | rsd | 0.1 | 0.01 | 2 | 48.5 ± 6.4 | +3.5 | 1,234 |\n" in table
     assert "| cnn_vit | none | 0.1 |  | 3 | 46.0 ± 5.3 |  | 1,234 |\n" in table
-    assert table.endswith("2026-01-02; the commands:\n\n```\npython -m x\n```")
+    assert table.endswith("2026-01-02; the commands:\n\n<!-- not run: hours of training -->\n```\npython -m x\n```")

@@ -1,23 +1,43 @@
-"""What the documents show runs: the README's snippets and commands, and the example."""
+"""What the documents show runs, what they link to exists, and the site can be built."""
 
+import inspect
+import operator
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import rsd_loss
 from rsd_loss import DecouplingProjector
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_readme_snippet(number):
-    exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {})
+def blocks(page):
+    """(language, text, the comment right above or None) of each fenced block."""
+    text = (ROOT / page).read_text()
+    return re.findall(r"(?:<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run(page):
+    """A page's Python blocks run, one after the other; others are commands with a name, or say why they are not run."""
+    namespace = {}
+    for number, (comment, language, text) in enumerate(blocks(page)):
+        if comment.startswith("not run: "):
+            continue
+        if language == "python":
+            exec(compile(text, f"{page}, block {number}", "exec"), namespace)
+        else:
+            assert comment.startswith("command: ") or text.startswith("pip install "), f"{page}, block {number}"
 
 
 @pytest.mark.parametrize("name", ["demo", "test"])
@@ -26,12 +46,57 @@ def test_readme_command_is_one_line_in_a_block(name):
     assert command.startswith("python3 -m venv .venv && ")
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/fast-path.md", "docs/distributed.md", "docs/evidence.md"]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_within_the_repository(page):
+    made = {"index.md", "contributing.md", "changelog.md"}  # from the root's documents, when the site is built
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
-        assert (ROOT / page).parent.joinpath(target).exists(), target
+        assert target in made or (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_every_public_name_is_documented():
+    page = (ROOT / "docs" / "api.md").read_text()
+    documented = set(re.findall(r"^::: rsd_loss\.(\S+)$", page, re.MULTILINE))
+    public = set(rsd_loss.__all__) - {"diagnostics", "features"}
+    for module in (rsd_loss.diagnostics, rsd_loss.features):
+        name = module.__name__.removeprefix("rsd_loss.")
+        own = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
+        public |= {f"{name}.{v.__name__}" for v in own if not v.__name__.startswith("_")}
+    assert documented == public
+    for name in public:
+        text = inspect.getdoc(operator.attrgetter(name)(rsd_loss))
+        assert re.search(r"\(B, |[Ss]calar", text), f"{name}: no shape"
+        if not name.endswith(("Terms", "Summary")):
+            assert "Raises:" in text, name
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; in strict mode a broken link stops the build."""
+    for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml", "rich"):
+        pytest.importorskip(package, reason="needs the docs extra")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, check=True)
+    return {path.name: path.read_text() for path in folder.glob("*.html")}
+
+
+def test_site_loads_nothing_from_outside(site):
+    for name, text in site.items():
+        for tag in re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", text):
+            assert not re.search(r"(src|href)=[\"']?(https?:)?//", tag), f"{name}: {tag}"
+
+
+def test_site_has_no_raw_equation_or_placeholder(site):
+    assert site["method.html"].count("<math") > 5
+    for name, text in site.items():
+        assert "arithmatex" not in text, name
+        assert not re.search(r"<!-- (table|diff): ", text), name
+
+
+def test_site_shows_the_results(site):
+    assert "50176 x 384" in site["benchmarks.html"]
+    for path in sorted((ROOT / "docs" / "examples").glob("with_*.py")):
+        assert f"examples/{path.name}" in site["integrations.html"]
 
 
 def test_readme_table_is_that_of_the_results():
