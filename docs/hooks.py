@@ -39,8 +39,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def on_page_content(content: str, **_: Any) -> str:
     """Marks tables of figures; equations to MathML, which browsers draw without a script or a font from elsewhere."""
     content = re.sub(r"<table>.*?</table>", figures, content, flags=re.S)
-    content = re.sub(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', lambda m: mathml(m[1], "block"), content, flags=re.S)
-    return re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: mathml(m[1], "inline"), content, flags=re.S)
+    content = re.sub(
+        r'<div class="arithmatex">\\\[(.*?)\\\]</div>', lambda m: mathml(m[1], "block"), content, flags=re.S
+    )
+    return re.sub(
+        r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: mathml(m[1], "inline"), content, flags=re.S
+    )
 
 
 def figures(found: re.Match[str]) -> str:

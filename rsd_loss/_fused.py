@@ -72,8 +72,10 @@ class _FeatureLosses(torch.autograd.Function):
             a = (2 * kappa) * products[0]
             a.diagonal().add_(2 * w)
             dtype = product_dtype(student, teacher)
-            # In full precision the teacher needs centring only, with its scale in A; half needs columns of unit length.
-            products = [a.mul_(columns_t.scale.unsqueeze(1)) if dtype == a.dtype else a.to(dtype)]
+            ctx.centred = _centres_only(student, teacher, dtype, shard)
+            if ctx.centred:
+                a.mul_(columns_t.scale.unsqueeze(1))
+            products = [a.to(dtype)]
         else:
             products = [*products, w]  # and not append: torch 2.6's compiler takes the rest of a tuple for one
         ctx.save_for_backward(student, teacher, *columns_s, *columns_t, pull, *products)
@@ -145,8 +147,9 @@ def _tall(
     student: Tensor, teacher: Tensor, eps: float, shard: Shard | None
 ) -> tuple[Tensor, Tensor, _Columns, _Columns, Tensor]:
     """d, q, the statistics of both sides, and P (D, D) in their dtype."""
-    if product_dtype(student, teacher) == _statistics_dtype(student, teacher):
-        means, squares, p = _moments(student, teacher)
+    dtype = product_dtype(student, teacher)
+    if _centres_only(student, teacher, dtype, shard):
+        means, squares, p = _moments(student, teacher, dtype)
         if shard is not None:
             means, squares, p, _ = merge_moments(shard, student.shape[0], _first(student, teacher), means, squares, p)
         columns_s, columns_t = _columns(means, squares, student.shape[0] if shard is None else shard.rows, eps)
@@ -163,7 +166,7 @@ def _tall_gradients(ctx: Any, saved: Sequence[Tensor], u: Tensor) -> list[Tensor
     columns_s, columns_t = _Columns(*columns[:3]), _Columns(*columns[3:])
     grads: list[Tensor | None] = [None, None]
     if ctx.needs_input_grad[0]:
-        if a.dtype == u.dtype:
+        if ctx.centred:
             grad = _tall_student_gradient(student, teacher, columns_s, columns_t, pull, a, u)
         else:
             grad = torch.mm(_apply(columns_t, teacher).to(a.dtype), a) * u
@@ -171,7 +174,7 @@ def _tall_gradients(ctx: Any, saved: Sequence[Tensor], u: Tensor) -> list[Tensor
         grads[0] = grad.to(student.dtype)
     if ctx.needs_input_grad[1]:
         grad = torch.mm(_apply(columns_s, student), (a * u).T)
-        if a.dtype == u.dtype:
+        if ctx.centred:
             grad /= columns_t.scale
         grad = _through_standardisation(grad, _apply(columns_t, teacher), columns_t, ctx.shard)
         grads[1] = grad.to(teacher.dtype)
@@ -186,18 +189,19 @@ def _tall_student_gradient(
     pull = -pull * ur
     mean_s, rest_s = _rounded_mean(student, columns_s)
     mean_t, rest_t = _rounded_mean(teacher, columns_t)
-    rest = -ur * torch.mv(a.T, rest_t) - pull * rest_s
-    if _streams(student, teacher):
+    rest = -ur * torch.mv(a.T.to(ur.dtype), rest_t) - pull * rest_s
+    if _streams(student, teacher, a.dtype):
         gradient = _streamed_gradient_op if torch.compiler.is_compiling() else _streamed_gradient
         return gradient(student, teacher, mean_s, mean_t, a, ur, pull, rest)
-    grad = torch.addcmul(rest, torch.mm(teacher - mean_t, a), ur)
+    grad = torch.addcmul(rest, torch.mm((teacher - mean_t).to(a.dtype), a).to(ur.dtype), ur)
     return grad.addcmul_(student - mean_s, pull)
 
 
 def _rounded_mean(x: Tensor, columns: _Columns) -> tuple[Tensor, Tensor]:
     """The mean itself, and what rounding it left over."""
-    mean = x[0] + columns.mean
-    return mean, columns.mean - (mean - x[0])
+    first = x[0].to(columns.mean.dtype)
+    mean = first + columns.mean
+    return mean, columns.mean - (mean - first)
 
 
 def _through_standardisation(grad: Tensor, z: Tensor, columns: _Columns, shard: Shard | None) -> Tensor:
@@ -210,37 +214,44 @@ def _losses(d: Tensor, q: Tensor, kappa: float) -> Tensor:
     return (d - 1).square() + kappa * (q - d.square())
 
 
-def _moments(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Means of the differences to the first row, sums of squares about them, both (2, D), and Ct' Cs (D, D)."""
-    if _streams(student, teacher):
+    if _streams(student, teacher, dtype):
         streamed = _streamed_moments_op if torch.compiler.is_compiling() else _streamed_moments
-        moments: tuple[Tensor, Tensor, Tensor] = streamed(student, teacher)
+        moments: tuple[Tensor, Tensor, Tensor] = streamed(student, teacher, dtype)
         return moments
     both, means, squares = _centre_both(student, teacher)
     return torch.stack(means), torch.stack(squares), torch.mm(both[1].T, both[0])
 
 
-def _streamed_moments(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in one pass, block by block.
+def _streamed_moments(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one pass, block by block, with products in dtype.
 
     Each block is centred on its own mean, and what the means differ by is added at the end (Chan, Golub and
     LeVeque). Every term is a sum of products of centred values, so that nothing cancels.
     """
-    blocks, features = _blocks(student), student.shape[1]
-    means = student.new_empty(2, len(blocks), features)
-    squares = student.new_zeros(2, features)
-    p = student.new_zeros(features, features)
+    blocks, features, full = _blocks(student), student.shape[1], _statistics_dtype(student, teacher)
+    first_s, first_t = student[0].to(full), teacher[0].to(full)
+    means = student.new_empty(2, len(blocks), features, dtype=full)
+    squares = student.new_zeros(2, features, dtype=full)
+    p = student.new_zeros(features, features, dtype=full)
     # One work space for all blocks: what a block frees, the allocator may unmap and the next one fault in again.
-    work = student.new_empty(3, _block_rows(student), features)
+    work = student.new_empty(3, _block_rows(student), features, dtype=full)
+    half = None if dtype == full else torch.empty_like(work[:2], dtype=dtype)
     for i, rows in enumerate(blocks):
-        *both, product = work[:, : rows.stop - rows.start]
-        for side, (x, centred) in enumerate(zip((student, teacher), both, strict=True)):
-            torch.sub(x[rows], x[0], out=centred)
+        size = rows.stop - rows.start
+        *both, product = work[:, :size]
+        for side, (x, first, centred) in enumerate(zip((student, teacher), (first_s, first_t), both, strict=True)):
+            _subtract(x[rows], first, centred)
             torch.mean(centred, dim=0, out=means[side, i])
             centred -= means[side, i]
             squares[side] += torch.mul(centred, centred, out=product).sum(dim=0)
-        p.addmm_(both[1].T, both[0])
-    sizes = student.new_tensor([rows.stop - rows.start for rows in blocks]).unsqueeze(1)
+        if half is None:
+            p.addmm_(both[1].T, both[0])
+        else:
+            half[:, :size].copy_(work[:2, :size])
+            p += torch.mm(half[1, :size].T, half[0, :size])
+    sizes = means.new_tensor([rows.stop - rows.start for rows in blocks]).unsqueeze(1)
     mean = (sizes * means).sum(dim=1) / student.shape[0]
     between = sizes.sqrt() * (means - mean.unsqueeze(1))
     return mean, squares + _column_dot(between, between), p.addmm_(between[1].T, between[0])
@@ -256,15 +267,29 @@ def _streamed_gradient(
     pull: Tensor,
     rest: Tensor,
 ) -> Tensor:
-    """The gradient ur o (Ct A) + pull o Cs + rest."""
+    """The gradient ur o (Ct A) + pull o Cs + rest, with the product in the dtype of A."""
     grad = torch.empty_like(student)
-    work = student.new_empty(2, _block_rows(student), student.shape[1])
+    work = ur.new_empty(2, _block_rows(student), student.shape[1])
+    half = None if a.dtype == ur.dtype else torch.empty_like(work, dtype=a.dtype)
     for rows in _blocks(student):
-        centred, product = work[:, : rows.stop - rows.start]
-        torch.mm(torch.sub(teacher[rows], mean_t, out=centred), a, out=product)
-        torch.addcmul(rest, product, ur, out=grad[rows])
-        grad[rows].addcmul_(torch.sub(student[rows], mean_s, out=centred), pull)
+        size = rows.stop - rows.start
+        centred, product = work[:, :size]
+        _subtract(teacher[rows], mean_t, centred)
+        if half is None:
+            torch.mm(centred, a, out=product)
+        else:
+            product.copy_(torch.mm(half[0, :size].copy_(centred), a, out=half[1, :size]))
+        out = grad[rows] if grad.dtype == ur.dtype else product
+        torch.addcmul(rest, product, ur, out=out)
+        out.addcmul_(_subtract(student[rows], mean_s, centred), pull)
+        if out is product:
+            grad[rows] = product
     return grad
+
+
+def _subtract(x: Tensor, vector: Tensor, out: Tensor) -> Tensor:
+    """Their difference in the dtype of vector and out."""
+    return torch.sub(x, vector, out=out) if x.dtype == out.dtype else out.copy_(x).sub_(vector)
 
 
 # A compiler would unroll the blocks and give each its own memory; as operators they run as they stand.
@@ -273,9 +298,11 @@ _streamed_gradient_op = torch.library.custom_op("rsd_loss::gradient", _streamed_
 
 
 @_streamed_moments_op.register_fake
-def _(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    features = student.shape[1]
-    return student.new_empty(2, features), student.new_empty(2, features), student.new_empty(features, features)
+def _(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    features, full = student.shape[1], _statistics_dtype(student, teacher)
+    shapes = ((2, features), (2, features), (features, features))
+    means, squares, p = (student.new_empty(shape, dtype=full) for shape in shapes)
+    return means, squares, p
 
 
 @_streamed_gradient_op.register_fake
@@ -350,16 +377,23 @@ def _autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # meta has no autocast to ask about
 
 
-def _streams(student: Tensor, teacher: Tensor) -> bool:
-    """Whether tall inputs go block by block: on a CPU, in full precision."""
-    # Compiled code centres in few passes as it is, and gains from blocks where there are many.
-    rows = 8 * _BLOCK_ROWS if torch.compiler.is_compiling() else _BLOCK_ROWS
-    return (
-        student.device.type == "cpu"
-        and student.shape[0] >= rows
-        and student.dtype == teacher.dtype == product_dtype(student, teacher)
-        and student.dtype in (torch.float32, torch.float64)
-    )
+def _centres_only(student: Tensor, teacher: Tensor, dtype: torch.dtype, shard: Shard | None) -> bool:
+    """Whether a tall product takes centred columns, whose scales go into the (D, D) matrix.
+
+    In half precision it takes columns of unit length, which cannot overflow; but for blocks, which have one pass for
+    moments and product. Processes must not decide that each by its own number of rows.
+    """
+    return dtype == _statistics_dtype(student, teacher) or (shard is None and _streams(student, teacher, dtype))
+
+
+def _streams(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> bool:
+    """Whether tall inputs go block by block, with products in dtype: on a CPU, where float32's range is enough."""
+    # Compiled code centres in few passes as it is, and gains from blocks where there are many; so do half products,
+    # which take long to add up over blocks.
+    blocks = (8 if torch.compiler.is_compiling() else 1) * (4 if dtype == torch.bfloat16 else 1)
+    same = student.dtype == teacher.dtype == dtype or student.dtype == teacher.dtype == torch.float32
+    known = dtype in (torch.bfloat16, torch.float32, torch.float64)
+    return student.device.type == "cpu" and student.shape[0] >= blocks * _BLOCK_ROWS and same and known
 
 
 def _blocks(student: Tensor) -> list[slice]:

@@ -30,7 +30,7 @@ def test_changing_batch_sizes(implementation, features):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (33000, 2)])  # the last streams in both precisions
 def test_static_shapes_autocast_and_teacher_gradients(implementation, shape):
     torch._dynamo.reset()
     module = RSDLoss(implementation=implementation, reduction="none")

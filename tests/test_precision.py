@@ -9,8 +9,8 @@ from rsd_loss import DecouplingProjector, RSDLoss, cross_correlation, rsd_loss
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-# The fewest rows and features there can be, square, wide, much wider, tall, and much taller (streamed in blocks).
-SHAPES = [(2, 1), (2, 7), (3, 3), (16, 16), (24, 40), (4, 300), (40, 24), (1100, 5)]
+# The fewest rows and features there can be, square, wide, much wider, tall, and taller (streamed, the last in half too).
+SHAPES = [(2, 1), (2, 7), (3, 3), (16, 16), (24, 40), (4, 300), (40, 24), (1100, 5), (4100, 5)]
 
 
 def data(kind, rows, features):
@@ -61,7 +61,7 @@ def test_no_worse_than_the_reference(implementation, shape, dtype, kind):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (4100, 24)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast(implementation, shape, dtype):
     student, teacher = pair(*shape, torch.float32)
