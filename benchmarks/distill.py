@@ -421,54 +421,6 @@ def planned(args: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def markdown(path: Path) -> str:
-    """One line per pair, method and setting: mean and sample standard deviation of the test accuracy over the seeds."""
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    setting = [name for name in KEY if name not in ("seed", "teacher_epochs")]
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    for line in lines:
-        groups.setdefault(tuple(line[name] for name in setting), []).append(line)
-
-    def accuracies(group: list[dict[str, str]]) -> list[float]:
-        return [float(line["test_accuracy"]) for line in group]
-
-    def shown(values: list[float]) -> str:
-        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-    table = [
-        "| pair | method | weight | kappa | seeds | test accuracy, % | over none | parameters added |",
-        "|---" * 8 + "|",
-    ]
-    for group in sorted(groups.values(), key=lambda group: -statistics.mean(accuracies(group))):
-        first = group[0]
-        alone = {
-            line["seed"]: float(line["test_accuracy"])
-            for line in lines
-            if line["method"] == "none"
-            and all(line[k] == first[k] for k in ("data", "pair", "epochs", "batch", "views"))
-        }
-        gains = [float(line["test_accuracy"]) - alone[line["seed"]] for line in group if line["seed"] in alone]
-        gain = f"{statistics.mean(gains):+.1f}" if gains and first["method"] != "none" else ""
-        cells = [first[name] for name in ("pair", "method", "weight", "kappa")]
-        cells += [str(len(group)), shown(accuracies(group)), gain, f"{int(first['added_parameters']):,}"]
-        table.append(f"| {' | '.join(cells)} |")
-    origin = dict.fromkeys(f"{line['device']}, torch {line['torch']}, commit {line['commit']}" for line in lines)
-    dates = sorted({line["date"] for line in lines})
-    table += [
-        "",
-        f"{'; '.join(origin)}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "") + "; the commands:",
-    ]
-    table += [
-        "",
-        "<!-- not run: hours of training -->",
-        "```",
-        *dict.fromkeys(line["command"] for line in lines),
-        "```",
-    ]
-    return "\n".join(table)
-
-
 class Weight(NamedTuple):
     value: float
     relative: bool
@@ -484,8 +436,7 @@ def weight(text: str) -> Weight:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distill", description=__doc__.partition("\n\n")[2])
     add = parser.add_argument
-    add("--table", type=Path, metavar="CSV", help="print a file's runs as a table, and run nothing")
-    add("--data", help='a folder with train/ and test/, or "cifar100", which is downloaded')
+    add("--data", required=True, help='a folder with train/ and test/, or "cifar100", which is downloaded')
     add("--pairs", choices=PAIRS, nargs="+", default=list(PAIRS), help="teacher_student (default: all)")
     add("--methods", choices=METHODS, nargs="+", help="default: all, and sdd where both networks are convolutional")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
@@ -504,8 +455,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cache", type=Path, default=cache, help="for teachers and their outputs (default: %(default)s)")
     add("--csv", type=Path, default=Path("benchmarks/results/distill.csv"), help="default: %(default)s")
     args = parser.parse_args(argv)
-    if not args.table and not args.data:
-        parser.error("name the images with --data")
     given = sys.argv[1:] if argv is None else argv
     # As anybody could type it: where one machine keeps its images and its cache is of no use to another.
     words = [Path(word).name if Path(word).is_absolute() or Path(word).is_dir() else word for word in given]
@@ -515,9 +464,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if args.table:
-        print(markdown(args.table))
-        return
     if args.threads:
         torch.set_num_threads(args.threads)
     done = finished(args.csv)

@@ -13,7 +13,7 @@ pytest.importorskip("timm", reason="needs the bench extra")
 pytest.importorskip("rich", reason="needs the bench extra")
 from PIL import Image
 
-from benchmarks import distill, methods
+from benchmarks import distill, evidence, methods
 
 T = 4.0
 
@@ -241,15 +241,29 @@ def test_overhead_of_the_pair_that_the_paper_quotes():
     assert row["rsd_added"] == 512 * 1024 + 2 * 1024 + 1024 * 768
 
 
+def some_runs(path):
+    shared = {"data": "d", "pair": "cnn_vit", "teacher_epochs": 1, "epochs": 2, "batch": 8, "precision": "float32"}
+    shared |= {"views": 1, "warmup": 0.0, "device": "a machine", "command": "python -m x", "date": "2026-01-02"}
+    cases = (("none", None, "", (40.0, 50.0, 48.0)), ("rsd", 0.01, "sum", (44.0, 53.0)))
+    for method, kappa, reduction, accuracies in cases:
+        for seed, accuracy in enumerate(accuracies):
+            settings = {"weight": 0.1, "kappa": kappa, "reduction": reduction, "added_parameters": 1234}
+            measured = {"val_accuracy": accuracy, "test_accuracy": accuracy, "step_ms": accuracy}
+            distill.append(distill.Run(**shared, method=method, seed=seed, **settings, **measured), path)
+    return evidence.read(path)
+
+
 def test_table_pairs_the_seeds(tmp_path):
     """A gain is over the student alone of the same seeds, of which there may be more."""
-    shared = {"data": "d", "pair": "cnn_vit", "teacher_epochs": 1, "epochs": 2, "batch": 8, "precision": "float32"}
-    shared |= {"views": 1, "reduction": "", "warmup": 0.0, "device": "a machine", "command": "python -m x"}
-    for method, kappa, accuracies in (("none", None, (40.0, 50.0, 48.0)), ("rsd", 0.01, (44.0, 53.0))):
-        for seed, accuracy in enumerate(accuracies):
-            settings = {"method": method, "seed": seed, "weight": 0.1, "kappa": kappa, "added_parameters": 1234}
-            distill.append(distill.Run(**shared, **settings, test_accuracy=accuracy, date="2026-01-02"), tmp_path / "x")
-    table = distill.markdown(tmp_path / "x")
-    assert "| cnn_vit | rsd | 0.1 | 0.01 | 2 | 48.5 ± 6.4 | +3.5 | 1,234 |\n" in table
-    assert "| cnn_vit | none | 0.1 |  | 3 | 46.0 ± 5.3 |  | 1,234 |\n" in table
-    assert table.endswith("2026-01-02; the commands:\n\n<!-- not run: hours of training -->\n```\npython -m x\n```")
+    lines = some_runs(tmp_path / "runs.csv")
+    table = evidence.markdown(lines, "cnn_vit", lines)
+    assert "| rsd | 0.1 | 0.01 | 2 | 48.5 ± 6.4 | +3.5 | 1,234 | x 1.08 |\n" in table
+    assert table.endswith("| none | 0.1 |  | 3 | 46.0 ± 5.3 |  | 1,234 | x 1.00 |")
+    end = "2026-01-02:\n\n<!-- not run: hours of training -->\n```\npython -m x\n```"
+    assert evidence.origin(lines).endswith(end)
+
+
+@pytest.mark.parametrize("plot", ["plot_accuracy", "plot_sensitivity"])
+def test_plots_are_drawn(tmp_path, plot):
+    getattr(evidence, plot)(some_runs(tmp_path / "runs.csv"), tmp_path / "plot.png")
+    assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 1

@@ -115,11 +115,14 @@ def test_distributed_tables_are_those_of_the_results():
 
 
 def test_evidence_tables_are_those_of_the_results():
-    distill = pytest.importorskip("benchmarks.distill", reason="needs the bench extra")
+    evidence = pytest.importorskip("benchmarks.evidence", reason="needs the bench extra")
     overhead = pytest.importorskip("benchmarks.overhead", reason="needs the bench extra")
     page = (ROOT / "docs" / "evidence.md").read_text()
-    assert distill.markdown(ROOT / "benchmarks" / "results" / "distill.csv") in page
-    assert overhead.markdown(ROOT / "benchmarks" / "results" / "overhead.csv") in page
+    lines, steps = (evidence.read(evidence.RESULTS / f"{name}.csv") for name in ("distill", "distill_steps"))
+    for pair in {line["pair"] for line in lines if line["method"] != "teacher"}:
+        assert evidence.markdown(lines, pair, steps) in page
+    assert evidence.origin(lines) in page
+    assert overhead.markdown(evidence.RESULTS / "overhead.csv") in page
 
 
 def test_digits_example(tmp_path):

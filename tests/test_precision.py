@@ -9,7 +9,7 @@ from rsd_loss import DecouplingProjector, RSDLoss, cross_correlation, rsd_loss
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-# The fewest rows and features there can be, square, wide, much wider, tall, and taller (streamed, the last in half too).
+# The fewest rows and features, square, wide, much wider, tall, and taller (streamed; the last in bfloat16 too).
 SHAPES = [(2, 1), (2, 7), (3, 3), (16, 16), (24, 40), (4, 300), (40, 24), (1100, 5), (4100, 5)]
 
 

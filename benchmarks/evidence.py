@@ -1,0 +1,140 @@
+"""What becomes of the runs of benchmarks.distill: `python -m benchmarks.evidence`.
+
+Prints the tables of docs/evidence.md and draws its plots, from the files in benchmarks/results.
+"""
+
+import csv
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from benchmarks.distill import KEY
+
+RESULTS = Path(__file__).parent / "results"
+Line = dict[str, str]
+SETTING = [name for name in KEY if name not in ("seed", "teacher_epochs")]
+
+
+def read(path: Path) -> list[Line]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def groups(lines: Iterable[Line]) -> list[list[Line]]:
+    """Runs that differ in the seed only, the best setting first."""
+    found: dict[tuple[str, ...], list[Line]] = {}
+    for line in lines:
+        found.setdefault(tuple(line[name] for name in SETTING), []).append(line)
+    return sorted(found.values(), key=lambda group: -statistics.mean(accuracies(group)))
+
+
+def accuracies(group: list[Line], column: str = "test_accuracy") -> list[float]:
+    return [float(line[column]) for line in group]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def over_none(group: list[Line], lines: list[Line], value: str, of: Callable[[float, float], float]) -> list[float]:
+    """Of each run and that of the student alone with the same seed, where there is one."""
+    alone = {
+        line["seed"]: float(line[value])
+        for line in lines
+        if line["method"] == "none"
+        and all(line[k] == group[0][k] for k in ("data", "pair", "epochs", "batch", "views"))
+    }
+    return [of(float(line[value]), alone[line["seed"]]) for line in group if line["seed"] in alone]
+
+
+def markdown(lines: list[Line], pair: str, steps: list[Line]) -> str:
+    """One line per method and setting: mean and sample standard deviation of the test accuracy over the seeds."""
+    table = [
+        "| method | weight | kappa | seeds | test accuracy, % | over none | parameters added | time per step |",
+        "|---" * 8 + "|",
+    ]
+    for group in groups(line for line in lines if line["pair"] == pair):
+        first = group[0]
+        gains = over_none(group, lines, "test_accuracy", lambda a, b: a - b)
+        timed = [line for line in steps if all(line[k] == first[k] for k in ("pair", "method", "batch"))]
+        ratios = over_none(timed, steps, "step_ms", lambda a, b: a / b) if timed else []
+        cells = [first["method"], first["weight"], first["kappa"], str(len(group)), spread(accuracies(group))]
+        cells.append(f"{statistics.mean(gains):+.1f}" if gains and first["method"] != "none" else "")
+        cells += [f"{int(first['added_parameters']):,}", f"x {statistics.median(ratios):.2f}" if ratios else ""]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def origin(lines: list[Line]) -> str:
+    """Where and when the lines come from, and the commands."""
+    machines = dict.fromkeys(f"{line['device']}, torch {line['torch']}, commit {line['commit']}" for line in lines)
+    dates = sorted({line["date"] for line in lines})
+    text = f"{'; '.join(machines)}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "") + ":"
+    return "\n".join([text, "", "<!-- not run: hours of training -->", "```", *commands(lines), "```"])
+
+
+def commands(lines: list[Line]) -> list[str]:
+    return list(dict.fromkeys(line["command"] for line in lines))
+
+
+def plot_accuracy(lines: list[Line], path: Path) -> None:
+    """Mean and spread of the test accuracy of every method, one panel per pair."""
+    pairs = list(dict.fromkeys(line["pair"] for line in lines if line["method"] != "teacher"))
+    figure = Figure(figsize=(4.5 * len(pairs), 4.5), layout="constrained")
+    for axes, pair in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        ordered = groups(line for line in lines if line["pair"] == pair)[::-1]
+        for place, group in enumerate(ordered):
+            values, ours = accuracies(group), "rsd" in group[0]["method"]
+            axes.plot(values, [place] * len(values), "o", color="C3" if ours else "C0", alpha=0.5)
+            axes.plot(statistics.mean(values), place, "|", color="black", markersize=14)
+        axes.set_yticks(range(len(ordered)), [group[0]["method"] for group in ordered])
+        axes.grid(axis="x", alpha=0.3)
+        axes.set(xlabel="test accuracy, %", title=pair)
+    figure.suptitle("One dot per seed, a stroke for the mean; red: RSD and its variants", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def plot_sensitivity(lines: list[Line], path: Path) -> None:
+    """Validation accuracy over weight and kappa, a panel per pair and batch; outlined: within a point of its best."""
+    lines = [line for line in lines if line["method"] == "rsd" and line["reduction"] == "sum"]
+    panels = list(dict.fromkeys((line["pair"], line["batch"]) for line in lines))
+    weights, kappas = (sorted({float(line[name]) for line in lines}) for name in ("weight", "kappa"))
+    figure = Figure(figsize=(3.2 * len(panels) + 1, 3.8), layout="constrained")
+    panes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (pair, batch) in zip(panes, panels, strict=True):
+        values = np.full((len(kappas), len(weights)), np.nan)
+        for line in lines:
+            if (line["pair"], line["batch"]) == (pair, batch):
+                values[kappas.index(float(line["kappa"])), weights.index(float(line["weight"]))] = float(
+                    line["val_accuracy"]
+                )
+        axes.imshow(values, cmap="viridis", vmin=np.nanmax(values) - 15, vmax=np.nanmax(values), origin="lower")
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                dark = value < np.nanmax(values) - 7
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
+            if value >= np.nanmax(values) - 1:
+                corner = (column - 0.47, row - 0.47)
+                axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="red", linewidth=2))
+        axes.set_xticks(range(len(weights)), [f"{weight:g}" for weight in weights])
+        axes.set_yticks(range(len(kappas)), [f"{kappa:g}" for kappa in kappas])
+        axes.set(xlabel="weight", ylabel="kappa", title=f"{pair}, batch {batch}")
+    figure.suptitle("Validation accuracy, %; red: within one point of the best of the panel", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    lines, steps = read(RESULTS / "distill.csv"), read(RESULTS / "distill_steps.csv")
+    for pair in dict.fromkeys(line["pair"] for line in lines if line["method"] != "teacher"):
+        print(f"\n{pair}\n\n{markdown(lines, pair, steps)}")
+    print(f"\n{origin(lines)}")
+    plot_accuracy(lines, RESULTS / "accuracy.png")
+    plot_sensitivity(read(RESULTS / "sensitivity.csv"), RESULTS / "sensitivity.png")
+
+
+if __name__ == "__main__":
+    main()
