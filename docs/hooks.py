@@ -74,12 +74,14 @@ def table(name: str) -> str:
 
 
 def diff(path: Path) -> str:
-    """What a recipe adds for the loss, with a line of context above and below, and the whole script folded away."""
+    """A recipe's lines that are there for the loss, with a line of context, and the whole script folded away."""
     lines = path.read_text().splitlines()
     marked = [line.rstrip().endswith("# rsd") for line in lines]
     shown, last = [], None
     for number, line in enumerate(lines):
-        if not any(marked[max(0, number - 1) : number + 2]) or not (line.strip() or marked[number]):
+        # A comment is not cut in half, and a lone quote says nothing.
+        context = line.strip() not in ("", '"""') and not line.lstrip().startswith("#")
+        if not (marked[number] or (context and any(marked[max(0, number - 1) : number + 2]))):
             continue
         if last is not None and number > last + 1:
             shown.append("  ...")

@@ -89,7 +89,7 @@ class _FeatureLosses(torch.autograd.Function):
         gradients = _tall_gradients if ctx.tall else _wide_gradients
         # The autocast of the forward is in the saved dtypes; that around backward(), if any, must change nothing.
         device = student.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
+        with torch.no_grad(), torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
             grads = gradients(ctx, saved, upstream[0])
         if torch.is_grad_enabled():  # create_graph=True
             grads = [None if grad is None else _Once.apply(grad, upstream[0], student, teacher) for grad in grads]
@@ -370,10 +370,10 @@ def product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     device = student.device.type
     # As for any matmul under autocast, float64 stays as it is.
-    return torch.get_autocast_dtype(device) if _autocasts(device) and dtype != torch.float64 else dtype
+    return torch.get_autocast_dtype(device) if autocasts(device) and dtype != torch.float64 else dtype
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # meta has no autocast to ask about
 
 

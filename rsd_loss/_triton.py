@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rsd_loss._distributed import Shard, merge_moments, sum_over_features, sum_over_rows
-from rsd_loss._fused import _autocasts, _Once, product_dtype
+from rsd_loss._fused import _Once, autocasts, product_dtype
 
 try:
     import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -107,7 +107,7 @@ class _FeatureLosses(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None]
         # The products keep the dtype that forward gave them, whatever autocast is around backward().
         device = z.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
+        with torch.no_grad(), torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
             if ctx.needs_input_grad[0]:
                 m = torch.mm(z[1], product) if ctx.tall else product
                 _, batch, features = z.shape

@@ -54,7 +54,11 @@ def summary(student: Tensor, teacher: Tensor, *, eps: float = 1e-5) -> Summary:
     z_s, z_t = (standardise(x, eps) / rows**0.5 for x in (student, teacher))
     with torch.autocast(student.device.type, enabled=False):
         d = (z_s * z_t).sum(dim=0)
-        singular = torch.linalg.eigvalsh(_gram(z_s)).clamp_min(0).sqrt()
+        gram = _gram(z_s)
+        # What is not finite goes on as nan, and must not stop a training run in the search for eigenvalues.
+        finite = gram.isfinite().all()
+        singular = torch.linalg.eigvalsh(gram.masked_fill(~finite, 0)).clamp_min(0).sqrt()
+        singular = singular.masked_fill(~finite, torch.nan)
         p = singular / singular.sum().clamp_min(torch.finfo(d.dtype).tiny)
         centred = [x.to(d.dtype) - x.to(d.dtype).mean(dim=0) for x in (student, teacher)]
         own = [_gram(x).square().sum().sqrt() for x in centred]
@@ -77,7 +81,7 @@ def plot_cross_correlation(
         student: (B, D_student) embeddings.
         teacher: (B, D_teacher) embeddings of the same samples in the same order.
         eps: Added to the standard deviation, as in ``rsd_loss.cross_correlation``.
-        ax: Where to draw; by default in a new figure, which shows on no screen: save it with ``ax.figure.savefig``.
+        ax: Where to draw; by default in a new figure, which is not displayed: save it with ``ax.figure.savefig``.
         **imshow: For ``Axes.imshow``.
 
     Returns:

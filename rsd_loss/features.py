@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
+from rsd_loss.functional import check_tensor
+
 Grid = tuple[int, int]
 
 
@@ -13,7 +15,8 @@ def pool(x: Tensor, *, prefix_tokens: int = 0) -> Tensor:
     """Averages a feature map or the patch tokens of a sequence over space.
 
     Args:
-        x: (B, C, H, W) map, in either memory format, or (B, N, C) tokens; any floating dtype.
+        x: (B, C, H, W) map, channels first by its shape (in memory either way), or (B, N, C) tokens; any floating
+            dtype. A (B, H, W, C) map, as timm's Swin has it, looks the same and must be permuted.
         prefix_tokens: How many tokens ahead of the patches (class, register, distillation) to leave out.
 
     Returns:
@@ -46,7 +49,7 @@ def dense_pairs(
     neither exceeds, row and column counts taken apart; then positions become rows.
 
     Args:
-        student: (B, C_student, H, W) map, in either memory format, or (B, N, C_student) tokens.
+        student: (B, C_student, H, W) map, channels first by its shape, or (B, N, C_student) tokens.
         teacher: (B, C_teacher, H, W) map or (B, N, C_teacher) tokens of the same images; the grid may differ.
         prefix_tokens: Tokens ahead of the patches to leave out of token inputs; one number, or a
             (student, teacher) pair.
@@ -93,8 +96,7 @@ def _as_map(name: str, x: Tensor, prefix_tokens: int, grid: Grid | None) -> Tens
 
 
 def _check_layout(name: str, x: Tensor, prefix_tokens: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: convert it with torch.as_tensor")
+    check_tensor(name, x)
     if x.ndim not in (3, 4):
         way_out = "it is pooled already" if x.ndim == 2 else "rearrange it"
         raise ValueError(

@@ -290,15 +290,15 @@ def _check_gather(gather_distributed: bool, process_group: "ProcessGroup | None"
 def check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False, min_rows: int = 2) -> None:
     """Raises unless both are (B, D) floating-point tensors that fit; looks at metadata only, never at values."""
     for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: convert it with torch.as_tensor")
+        check_tensor(name, x)
         if x.dtype not in _DTYPES:
             raise TypeError(
                 f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}: "
                 "pass real-valued embeddings, not labels or indices"
             )
         if x.ndim != 2:
-            way_out = "pool maps and tokens with rsd_loss.features.pool" if x.ndim > 2 else "keep the batch dimension"
+            pooled = "pool maps and tokens with rsd_loss.features.pool, or make samples of positions with dense_pairs"
+            way_out = pooled if x.ndim > 2 else "keep the batch dimension"
             raise ValueError(f"{name} must be (batch, features), got shape {tuple(x.shape)}: {way_out}")
         if x.shape[1] == 0:
             raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
@@ -315,13 +315,24 @@ def check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False,
         )
     if student.device != teacher.device:
         raise ValueError(
-            f"student is on {student.device} and teacher on {teacher.device}: move one with .to(student.device)"
+            f"student is on {student.device} and teacher on {teacher.device}: "
+            "move the teacher's with .to(student.device)"
         )
     if same_width and student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"student has {student.shape[1]} features and teacher {teacher.shape[1]}: "
-            f"project the student with DecouplingProjector({student.shape[1]}, {teacher.shape[1]})"
+            f"project the student with DecouplingProjector({student.shape[1]}, {teacher.shape[1]}), "
+            f"or give the projector that it comes from out_features={teacher.shape[1]}"
         )
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raises unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        way_out = "convert it with torch.as_tensor"
+        if x is None or isinstance(x, (tuple, dict)):
+            way_out = "pick the embedding out of the model's output"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: {way_out}")
 
 
 def _reduce(losses: Tensor, reduction: Reduction) -> Tensor:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rsd_loss.functional import Implementation, Reduction, RSDTerms, check_settings, rsd_loss
+from rsd_loss._fused import autocasts
+from rsd_loss.functional import Implementation, Reduction, RSDTerms, check_settings, check_tensor, rsd_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -100,8 +101,8 @@ class DecouplingProjector(nn.Module):
         autocast's. B >= 2 in training mode, as for any BatchNorm1d.
 
     Raises:
-        TypeError: A width or the expansion is not an int.
-        ValueError: A width or the expansion is less than 1.
+        TypeError: A width or the expansion is not an int; in forward, the embedding has another dtype.
+        ValueError: A width or the expansion is less than 1; in forward, shape or device do not fit.
     """
 
     def __init__(
@@ -136,10 +137,23 @@ class DecouplingProjector(nn.Module):
 
     def forward(self, student: Tensor) -> Tensor:
         """(B, in_features) to (B, out_features)."""
+        check_tensor("student", student)
         if student.ndim != 2 or student.shape[1] != self.in_features:
+            way_out = "give in_features the embedding's width"
+            if student.ndim != 2:
+                way_out = "pool maps and tokens with rsd_loss.features.pool"
             raise ValueError(
-                f"student must be (batch, {self.in_features}), got shape {tuple(student.shape)}: "
-                "pool maps and tokens with rsd_loss.features.pool, and give in_features the embedding's width"
+                f"student must be (batch, {self.in_features}), got shape {tuple(student.shape)}: {way_out}"
+            )
+        weight = self.expand.weight
+        if student.device != weight.device:
+            raise ValueError(
+                f"student is on {student.device} and the projector on {weight.device}: move it with .to(student.device)"
+            )
+        if student.dtype != weight.dtype and not autocasts(student.device.type):
+            raise TypeError(
+                f"student is {student.dtype} and the projector {weight.dtype}: "
+                "convert the projector with .to(student.dtype), or call it under autocast"
             )
         # Converted to SyncBatchNorm it is content with one row here, if other processes have more.
         if self.training and student.shape[0] < 2 and isinstance(self.norm, nn.BatchNorm1d):

@@ -60,6 +60,15 @@ def test_extremes():
     assert all(value.isfinite() for value in summary(torch.ones(4, 3), torch.ones(4, 3)))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_summary_of_what_is_not_finite_is_nan(shape, value):
+    """It is for looking at a run in trouble, and must not be what ends it."""
+    student = torch.randn(shape)
+    student[1, 2] = value
+    assert all(number.isnan() for number in summary(student, torch.randn(shape)))
+
+
 @pytest.mark.parametrize("shape", [(8, 200), (200, 8)])
 def test_summary_is_cheap(shape):
     student, teacher = pair(*shape, torch.float32)

@@ -34,7 +34,8 @@ EMBEDDINGS = {
         "at least 2 rows to correlate over, got 1: .*drop_last",
     ),
     "list": (([[1.0, 2.0]], T), TypeError, "student must be a torch.Tensor, got list: convert it"),
-    "none": ((S, None), TypeError, "teacher must be a torch.Tensor, got NoneType"),
+    "none": ((S, None), TypeError, "teacher must be a torch.Tensor, got NoneType: pick the embedding out"),
+    "outputs": (((S, S), T), TypeError, "student must be a torch.Tensor, got tuple: pick the embedding out"),
     "int": ((S.long(), T), TypeError, "student must be float16, bfloat16, float32 or float64, got torch.int64"),
     "bool": ((S, T > 0), TypeError, "teacher must be float16, .*, got torch.bool"),
     "complex": ((S, T.to(torch.complex64)), TypeError, "teacher must be float16, .*, got torch.complex64"),
@@ -42,7 +43,7 @@ EMBEDDINGS = {
     "device": (
         (S, T.to("meta")),
         ValueError,
-        r"student is on cpu and teacher on meta: move one with .to\(student.device\)",
+        r"student is on cpu and teacher on meta: move the teacher's with .to\(student.device\)",
     ),
 }
 NUMBERS = {
@@ -129,9 +130,17 @@ def test_projector_construction(arguments, error, message):
 
 def test_projector_input():
     projector = DecouplingProjector(4, 6)
-    for shape in ((8, 5), (8, 4, 2, 2), (4,)):
-        with pytest.raises(ValueError, match=r"student must be \(batch, 4\), got shape .*: pool maps and tokens"):
+    for shape, way_out in (((8, 5), "give in_features"), ((8, 4, 2, 2), "pool maps and tokens"), ((4,), "pool")):
+        with pytest.raises(ValueError, match=rf"student must be \(batch, 4\), got shape .*: {way_out}"):
             projector(torch.randn(shape))
+    with pytest.raises(TypeError, match=r"student must be a torch.Tensor, got tuple: pick the embedding out"):
+        projector((torch.randn(8, 4),))
+    with pytest.raises(TypeError, match=r"student is torch.bfloat16 and the projector torch.float32: .*autocast"):
+        projector(torch.randn(8, 4, dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert projector(torch.randn(8, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"student is on meta and the projector on cpu: move it with"):
+        projector(torch.randn(8, 4, device="meta"))
     with pytest.raises(ValueError, match=r"at least 2 rows in training mode, got 1: .*drop_last"):
         projector(torch.randn(1, 4))
 

@@ -286,8 +286,13 @@ def test_trainer_accumulates_the_mean_of_its_micro_batches(recipe, tmp_path):
 
     assert [len(inputs["labels"]) for inputs in seen] == [25, 25]
     for inputs in seen:
-        outputs = before(**inputs, output_hidden_states=True)
-        embedding = before.projector(outputs.hidden_states[-1][:, 0])
+        seen_by_classifier = []
+        hook = before.classifier.register_forward_pre_hook(
+            lambda module, args, of=seen_by_classifier: of.append(args[0])
+        )
+        outputs = before(**inputs)
+        hook.remove()
+        embedding = before.projector(seen_by_classifier[0])
         with torch.no_grad():
             target = teacher.resnet(inputs["pixel_values"]).pooler_output.flatten(1)
         loss = F.cross_entropy(outputs.logits, inputs["labels"]) + 0.1 * rsd_loss(embedding, target)

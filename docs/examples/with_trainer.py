@@ -55,9 +55,14 @@ class DistillationTrainer(Trainer):
         if model.training:  # rsd
             with torch.no_grad():
                 target = self.teacher(**inputs, output_hidden_states=True).hidden_states[-1].mean((2, 3))  # rsd
-            # The student's embedding is its class token. self.model is the student, where ``model`` may be a wrapper.
-            loss = loss + 0.1 * rsd_loss(self.model.projector(outputs.hidden_states[-1][:, 0]), target)  # rsd
+            # What its classifier sees is the class token after the last norm, which hidden_states are before.
+            # self.model is the student, where ``model`` may be a wrapper.
+            loss = loss + 0.1 * rsd_loss(self.model.projector(embedding(self.model, outputs)), target)  # rsd
         return (loss, outputs) if return_outputs else loss
+
+
+def embedding(student: ViTForImageClassification, outputs: Any) -> Tensor:
+    return student.vit.layernorm(outputs.hidden_states[-1])[:, 0]
 
 
 def dataset(split: Split) -> list[dict[str, Tensor]]:
