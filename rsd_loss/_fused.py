@@ -186,14 +186,17 @@ def _tall_student_gradient(
 ) -> Tensor:
     """The product Zt A and its way through the standardisation: by blocks, in few passes, all scales in vectors."""
     ur = u * columns_s.scale
-    pull = -pull * ur
     mean_s, rest_s = _rounded_mean(student, columns_s)
     mean_t, rest_t = _rounded_mean(teacher, columns_t)
-    rest = -ur * torch.mv(a.T.to(ur.dtype), rest_t) - pull * rest_s
-    if _streams(student, teacher, a.dtype):
+    rest = -ur * torch.mv(a.T.to(ur.dtype), rest_t)
+    half = a.dtype != ur.dtype
+    # What is left of two large terms in a row far out has no digits unless the second is taken from the rounded first.
+    # Of a dead feature it is of columns that are zero.
+    pull = -ur * ((columns_s.scale / columns_s.norm).nan_to_num(posinf=0) if half else pull)
+    if half or _streams(student, teacher, a.dtype):
         gradient = _streamed_gradient_op if torch.compiler.is_compiling() else _streamed_gradient
-        return gradient(student, teacher, mean_s, mean_t, a, ur, pull, rest)
-    grad = torch.addcmul(rest, torch.mm((teacher - mean_t).to(a.dtype), a).to(ur.dtype), ur)
+        return gradient(student, teacher, mean_s, mean_t, a, ur, pull, rest, rest_s)
+    grad = torch.addcmul(rest - pull * rest_s, torch.mm(teacher - mean_t, a), ur)
     return grad.addcmul_(student - mean_s, pull)
 
 
@@ -233,7 +236,7 @@ def _streamed_moments(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> t
     blocks, features, full = _blocks(student), student.shape[1], _statistics_dtype(student, teacher)
     first_s, first_t = student[0].to(full), teacher[0].to(full)
     means = student.new_empty(2, len(blocks), features, dtype=full)
-    squares = student.new_zeros(2, features, dtype=full)
+    squares = torch.empty_like(means)
     p = student.new_zeros(features, features, dtype=full)
     # One work space for all blocks: what a block frees, the allocator may unmap and the next one fault in again.
     work = student.new_empty(3, _block_rows(student), features, dtype=full)
@@ -245,7 +248,7 @@ def _streamed_moments(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> t
             _subtract(x[rows], first, centred)
             torch.mean(centred, dim=0, out=means[side, i])
             centred -= means[side, i]
-            squares[side] += torch.mul(centred, centred, out=product).sum(dim=0)
+            torch.sum(torch.mul(centred, centred, out=product), dim=0, out=squares[side, i])
         if half is None:
             p.addmm_(both[1].T, both[0])
         else:
@@ -254,7 +257,7 @@ def _streamed_moments(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> t
     sizes = means.new_tensor([rows.stop - rows.start for rows in blocks]).unsqueeze(1)
     mean = (sizes * means).sum(dim=1) / student.shape[0]
     between = sizes.sqrt() * (means - mean.unsqueeze(1))
-    return mean, squares + _column_dot(between, between), p.addmm_(between[1].T, between[0])
+    return mean, squares.sum(dim=1) + _column_dot(between, between), p.addmm_(between[1].T, between[0])
 
 
 def _streamed_gradient(
@@ -266,19 +269,26 @@ def _streamed_gradient(
     ur: Tensor,
     pull: Tensor,
     rest: Tensor,
+    rest_s: Tensor,
 ) -> Tensor:
-    """The gradient ur o (Ct A) + pull o Cs + rest, with the product in the dtype of A."""
+    """The gradient ur o (Ct A) + pull o (Cs - rest_s) + rest; in half precision pull times colsum(Ct A o Cs)."""
     grad = torch.empty_like(student)
     work = ur.new_empty(2, _block_rows(student), student.shape[1])
-    half = None if a.dtype == ur.dtype else torch.empty_like(work, dtype=a.dtype)
+    if a.dtype != ur.dtype:
+        half, dot = torch.empty_like(work[0], dtype=a.dtype), torch.zeros_like(ur)
+        for rows in _blocks(student):
+            centred, product = work[:, : rows.stop - rows.start]
+            left = half[: rows.stop - rows.start].copy_(_subtract(teacher[rows], mean_t, centred))
+            grad[rows] = product.copy_(torch.mm(left, a))  # which a half-precision gradient can hold as it is
+            dot += product.mul_(_subtract(student[rows], mean_s, centred)).sum(dim=0)
+        pull = pull * dot
+    rest = rest - pull * rest_s
     for rows in _blocks(student):
-        size = rows.stop - rows.start
-        centred, product = work[:, :size]
-        _subtract(teacher[rows], mean_t, centred)
-        if half is None:
-            torch.mm(centred, a, out=product)
+        centred, product = work[:, : rows.stop - rows.start]
+        if a.dtype == ur.dtype:
+            torch.mm(_subtract(teacher[rows], mean_t, centred), a, out=product)
         else:
-            product.copy_(torch.mm(half[0, :size].copy_(centred), a, out=half[1, :size]))
+            product.copy_(grad[rows])
         out = grad[rows] if grad.dtype == ur.dtype else product
         torch.addcmul(rest, product, ur, out=out)
         out.addcmul_(_subtract(student[rows], mean_s, centred), pull)

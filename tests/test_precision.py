@@ -86,6 +86,21 @@ def test_autocast(implementation, shape, dtype):
         assert torch.equal(full, want_grad)
 
 
+@pytest.mark.parametrize("rows", [100, 4100])
+def test_a_row_far_out_keeps_its_gradient(implementation, rows):
+    """There two terms 1000 times the gradient cancel, which they do only if both have the same rounding."""
+    student, teacher = pair(rows, 16)
+    student[7] += 1000
+    teacher[7] += 1000
+    student.requires_grad_()
+    want = torch.autograd.grad(rsd_loss(student, teacher, implementation="reference"), student)[0][7]
+    single = student.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = rsd_loss(single, teacher.float(), implementation=implementation)
+    got = torch.autograd.grad(value, single)[0][7]
+    assert (got - want).norm() < 0.05 * want.norm()  # bfloat16 has 8 bits; the terms alone would leave none
+
+
 def want_of(student, teacher, implementation):
     with torch.autocast("cpu", enabled=False):
         return rsd_loss(student, teacher, implementation=implementation)
