@@ -91,7 +91,12 @@ def plot_accuracy(lines: list[Line], path: Path) -> None:
             values, ours = accuracies(group), "rsd" in group[0]["method"]
             axes.plot(values, [place] * len(values), "o", color="C3" if ours else "C0", alpha=0.5)
             axes.plot(statistics.mean(values), place, "|", color="black", markersize=14)
-        axes.set_yticks(range(len(ordered)), [group[0]["method"] for group in ordered])
+        methods = [group[0]["method"] for group in ordered]
+        names = [
+            f"{name}, weight {group[0]['weight']}" if methods.count(name) > 1 else name
+            for name, group in zip(methods, ordered, strict=True)
+        ]
+        axes.set_yticks(range(len(ordered)), names)
         axes.grid(axis="x", alpha=0.3)
         axes.set(xlabel="test accuracy, %", title=pair)
     figure.suptitle("One dot per seed, a stroke for the mean; red: RSD and its variants", fontsize=10)
@@ -103,7 +108,7 @@ def plot_sensitivity(lines: list[Line], path: Path) -> None:
     lines = [line for line in lines if line["method"] == "rsd" and line["reduction"] == "sum"]
     panels = list(dict.fromkeys((line["pair"], line["batch"]) for line in lines))
     weights, kappas = (sorted({float(line[name]) for line in lines}) for name in ("weight", "kappa"))
-    figure = Figure(figsize=(3.2 * len(panels) + 1, 3.8), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(panels) + 1, 4.4), layout="constrained")
     panes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (pair, batch) in zip(panes, panels, strict=True):
         values = np.full((len(kappas), len(weights)), np.nan)
