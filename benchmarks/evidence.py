@@ -24,6 +24,10 @@ def read(path: Path) -> list[Line]:
         return list(csv.DictReader(file))
 
 
+def pairs(lines: list[Line]) -> list[str]:
+    return list(dict.fromkeys(line["pair"] for line in lines if line["method"] != "teacher"))
+
+
 def groups(lines: Iterable[Line]) -> list[list[Line]]:
     """Runs that differ in the seed only, the best setting first."""
     found: dict[tuple[str, ...], list[Line]] = {}
@@ -32,8 +36,8 @@ def groups(lines: Iterable[Line]) -> list[list[Line]]:
     return sorted(found.values(), key=lambda group: -statistics.mean(accuracies(group)))
 
 
-def accuracies(group: list[Line], column: str = "test_accuracy") -> list[float]:
-    return [float(line[column]) for line in group]
+def accuracies(group: list[Line]) -> list[float]:
+    return [float(line["test_accuracy"]) for line in group]
 
 
 def spread(values: list[float]) -> str:
@@ -74,18 +78,15 @@ def origin(lines: list[Line]) -> str:
     machines = dict.fromkeys(f"{line['device']}, torch {line['torch']}, commit {line['commit']}" for line in lines)
     dates = sorted({line["date"] for line in lines})
     text = f"{'; '.join(machines)}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "") + ":"
-    return "\n".join([text, "", "<!-- not run: hours of training -->", "```", *commands(lines), "```"])
-
-
-def commands(lines: list[Line]) -> list[str]:
-    return list(dict.fromkeys(line["command"] for line in lines))
+    commands = dict.fromkeys(line["command"] for line in lines)
+    return "\n".join([text, "", "<!-- not run: hours of training -->", "```", *commands, "```"])
 
 
 def plot_accuracy(lines: list[Line], path: Path) -> None:
     """Mean and spread of the test accuracy of every method, one panel per pair."""
-    pairs = list(dict.fromkeys(line["pair"] for line in lines if line["method"] != "teacher"))
-    figure = Figure(figsize=(4.5 * len(pairs), 4.5), layout="constrained")
-    for axes, pair in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+    shown = pairs(lines)
+    figure = Figure(figsize=(4.5 * len(shown), 4.5), layout="constrained")
+    for axes, pair in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         ordered = groups(line for line in lines if line["pair"] == pair)[::-1]
         for place, group in enumerate(ordered):
             values, ours = accuracies(group), "rsd" in group[0]["method"]
@@ -134,7 +135,7 @@ def plot_sensitivity(lines: list[Line], path: Path) -> None:
 
 def main() -> None:
     lines, steps = read(RESULTS / "distill.csv"), read(RESULTS / "distill_steps.csv")
-    for pair in dict.fromkeys(line["pair"] for line in lines if line["method"] != "teacher"):
+    for pair in pairs(lines):
         print(f"\n{pair}\n\n{markdown(lines, pair, steps)}")
     print(f"\n{origin(lines)}")
     plot_accuracy(lines, RESULTS / "accuracy.png")

@@ -247,9 +247,8 @@ def rsd_dense(setup: Setup, added: nn.ModuleList) -> Term:
 
 def rsd_debiased(setup: Setup, added: nn.ModuleList) -> Term:
     """RSD with the debiased decorrelation."""
-    projector = DecouplingProjector(setup.student.embedding.shape[1], setup.teacher.embedding.shape[1])
-    added.append(projector)
-    return lambda s, t, y: debiased_loss(projector(s.embedding), t.embedding, setup.kappa)
+    embeddings = setup.student.embedding, setup.teacher.embedding
+    return _projected(setup, added, *embeddings, lambda x: x.embedding, lambda s, t: debiased_loss(s, t, setup.kappa))
 
 
 def ofa_rsd(setup: Setup, added: nn.ModuleList) -> Term:
@@ -268,10 +267,15 @@ def _criterion(setup: Setup) -> RSDLoss:
 
 
 def _projected(
-    setup: Setup, added: nn.ModuleList, student: Tensor, teacher: Tensor, of: Callable[[Outputs], Tensor]
+    setup: Setup,
+    added: nn.ModuleList,
+    student: Tensor,
+    teacher: Tensor,
+    of: Callable[[Outputs], Tensor],
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Term:
-    """RSD of one pair of embeddings behind a decoupling projector."""
-    projector, criterion = DecouplingProjector(student.shape[1], teacher.shape[1]), _criterion(setup)
+    """RSD, or another criterion, of one pair of embeddings behind a decoupling projector."""
+    projector, criterion = DecouplingProjector(student.shape[1], teacher.shape[1]), criterion or _criterion(setup)
     added.append(projector)
     return lambda s, t, y: criterion(projector(of(s)), of(t))
 

@@ -60,15 +60,11 @@ def mathml(equation: str, display: str) -> str:
 def table(name: str) -> str:
     """A results file as the benchmark that wrote it shows it."""
     path = RESULTS / f"{name}.csv"
-    report, distributed, overhead = (
-        importlib.import_module(f"benchmarks.{module}") for module in ("report", "distributed", "overhead")
-    )
+    report, distributed = (importlib.import_module(f"benchmarks.{module}") for module in ("report", "distributed"))
     if name.startswith("throughput"):
         return report.markdown(report.read_csv(path))
     if name.startswith("distributed"):
         return distributed.markdown(report.read_csv(path, distributed.Row))
-    if name == "overhead":
-        return overhead.markdown(path)
     lines = [line.split(",") for line in path.read_text().splitlines()]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
 

@@ -119,7 +119,7 @@ def test_evidence_tables_are_those_of_the_results():
     overhead = pytest.importorskip("benchmarks.overhead", reason="needs the bench extra")
     page = (ROOT / "docs" / "evidence.md").read_text()
     lines, steps = (evidence.read(evidence.RESULTS / f"{name}.csv") for name in ("distill", "distill_steps"))
-    for pair in {line["pair"] for line in lines if line["method"] != "teacher"}:
+    for pair in evidence.pairs(lines):
         assert evidence.markdown(lines, pair, steps) in page
     assert evidence.origin(lines) in page
     assert overhead.markdown(evidence.RESULTS / "overhead.csv") in page
