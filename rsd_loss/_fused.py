@@ -239,20 +239,20 @@ def _streamed_moments(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> t
     squares = torch.empty_like(means)
     p = student.new_zeros(features, features, dtype=full)
     # One work space for all blocks: what a block frees, the allocator may unmap and the next one fault in again.
-    work = student.new_empty(3, _block_rows(student), features, dtype=full)
-    half = None if dtype == full else torch.empty_like(work[:2], dtype=dtype)
+    work = student.new_empty(2, _block_rows(student), features, dtype=full)
+    square, half = torch.empty_like(work[0]), None if dtype == full else torch.empty_like(work, dtype=dtype)
     for i, rows in enumerate(blocks):
         size = rows.stop - rows.start
-        *both, product = work[:, :size]
+        both = work[:, :size]
         for side, (x, first, centred) in enumerate(zip((student, teacher), (first_s, first_t), both, strict=True)):
             _subtract(x[rows], first, centred)
             torch.mean(centred, dim=0, out=means[side, i])
             centred -= means[side, i]
-            torch.sum(torch.mul(centred, centred, out=product), dim=0, out=squares[side, i])
+            torch.sum(torch.mul(centred, centred, out=square[:size]), dim=0, out=squares[side, i])
         if half is None:
             p.addmm_(both[1].T, both[0])
         else:
-            half[:, :size].copy_(work[:2, :size])
+            half[:, :size].copy_(both)
             p += torch.mm(half[1, :size].T, half[0, :size])
     sizes = means.new_tensor([rows.stop - rows.start for rows in blocks]).unsqueeze(1)
     mean = (sizes * means).sum(dim=1) / student.shape[0]
@@ -273,26 +273,24 @@ def _streamed_gradient(
 ) -> Tensor:
     """The gradient ur o (Ct A) + pull o (Cs - rest_s) + rest; in half precision pull times colsum(Ct A o Cs)."""
     grad = torch.empty_like(student)
-    work = ur.new_empty(2, _block_rows(student), student.shape[1])
+    work = ur.new_empty(1 if grad.dtype == ur.dtype else 2, _block_rows(student), student.shape[1])
     if a.dtype != ur.dtype:
         half, dot = torch.empty_like(work[0], dtype=a.dtype), torch.zeros_like(ur)
         for rows in _blocks(student):
-            centred, product = work[:, : rows.stop - rows.start]
+            centred = work[0, : rows.stop - rows.start]
             left = half[: rows.stop - rows.start].copy_(_subtract(teacher[rows], mean_t, centred))
-            grad[rows] = product.copy_(torch.mm(left, a))  # which a half-precision gradient can hold as it is
-            dot += product.mul_(_subtract(student[rows], mean_s, centred)).sum(dim=0)
+            grad[rows] = torch.mm(left, a)  # which a half-precision gradient can hold as it is
+            dot += _subtract(student[rows], mean_s, centred).mul_(grad[rows]).sum(dim=0)
         pull = pull * dot
     rest = rest - pull * rest_s
     for rows in _blocks(student):
-        centred, product = work[:, : rows.stop - rows.start]
+        centred = work[0, : rows.stop - rows.start]
         if a.dtype == ur.dtype:
-            torch.mm(_subtract(teacher[rows], mean_t, centred), a, out=product)
-        else:
-            product.copy_(grad[rows])
-        out = grad[rows] if grad.dtype == ur.dtype else product
-        torch.addcmul(rest, product, ur, out=out)
-        out.addcmul_(_subtract(student[rows], mean_s, centred), pull)
-        if out is product:
+            torch.mm(_subtract(teacher[rows], mean_t, centred), a, out=grad[rows])
+        product = grad[rows] if grad.dtype == ur.dtype else work[1, : rows.stop - rows.start].copy_(grad[rows])
+        torch.addcmul(rest, product, ur, out=product)
+        product.addcmul_(_subtract(student[rows], mean_s, centred), pull)
+        if grad.dtype != ur.dtype:
             grad[rows] = product
     return grad
 
@@ -412,4 +410,4 @@ def _blocks(student: Tensor) -> list[slice]:
 
 
 def _block_rows(student: Tensor) -> int:
-    return min(_BLOCK_ROWS, student.shape[0] // 4)  # a quarter keeps the work small beside the gradient
+    return min(_BLOCK_ROWS, student.shape[0] // 2)  # a half keeps the work small beside the gradient
