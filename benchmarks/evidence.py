@@ -106,7 +106,8 @@ def plot_accuracy(lines: list[Line], path: Path) -> None:
 
 def plot_sensitivity(lines: list[Line], path: Path) -> None:
     """Validation accuracy over weight and kappa, a panel per pair and batch; outlined: within a point of its best."""
-    lines = [line for line in lines if line["method"] == "rsd" and line["reduction"] == "sum"]
+    plain = {"method": "rsd", "reduction": "sum", "warmup": "0"}
+    lines = [line for line in lines if plain.items() <= line.items()]
     panels = list(dict.fromkeys((line["pair"], line["batch"]) for line in lines))
     weights, kappas = (sorted({float(line[name]) for line in lines}) for name in ("weight", "kappa"))
     figure = Figure(figsize=(3.2 * len(panels) + 1, 4.4), layout="constrained")

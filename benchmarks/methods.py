@@ -7,6 +7,7 @@ all: `cross_entropy + weight * term`, with the weight that METHODS names.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -120,17 +121,18 @@ def sdd_loss(
     return total
 
 
-def debiased_loss(student: Tensor, teacher: Tensor, kappa: float) -> Tensor:
+def debiased_loss(student: Tensor, teacher: Tensor, kappa: float, reduction: str = "sum") -> Tensor:
     """RSD whose decorrelation leaves out the products of a sample with itself, as unbiased HSIC and CKA do.
 
     They are what sum_ij P_ij^2 has left, about D^2 / B, where student and teacher are independent.
     """
-    loss = rsd_loss(student, teacher, kappa=0.0)
+    loss = rsd_loss(student, teacher, kappa=0.0, reduction=reduction)
     z_s, z_t = standardise(student, 1e-5), standardise(teacher, 1e-5)
     p = z_t.T @ z_s / len(z_s)
     own = (z_t.square().T @ z_s.square()) / len(z_s) ** 2
     apart = p.square() - own
-    return loss + kappa * (apart.sum() - apart.diagonal().sum())
+    penalty = apart.sum(dim=0) - apart.diagonal()
+    return loss + kappa * (penalty.mean() if reduction == "mean" else penalty.sum())
 
 
 # Methods
@@ -248,7 +250,8 @@ def rsd_dense(setup: Setup, added: nn.ModuleList) -> Term:
 def rsd_debiased(setup: Setup, added: nn.ModuleList) -> Term:
     """RSD with the debiased decorrelation."""
     embeddings = setup.student.embedding, setup.teacher.embedding
-    return _projected(setup, added, *embeddings, lambda x: x.embedding, lambda s, t: debiased_loss(s, t, setup.kappa))
+    criterion = partial(debiased_loss, kappa=setup.kappa, reduction=setup.reduction)
+    return _projected(setup, added, *embeddings, lambda x: x.embedding, criterion)
 
 
 def ofa_rsd(setup: Setup, added: nn.ModuleList) -> Term:

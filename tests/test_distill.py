@@ -104,7 +104,9 @@ def test_debiased_decorrelation_leaves_out_each_sample_with_itself(batch):
         if i != j and n != m:
             expected += (z_t[n, i] * z_s[n, j] * z_t[m, i] * z_s[m, j]).item() / count**2
     expected = ((z_t * z_s).mean(0) - 1).square().sum().item() + 0.3 * expected
-    assert methods.debiased_loss(student, teacher, kappa=0.3).item() == pytest.approx(expected, rel=1e-9)
+    for reduction, value in (("sum", expected), ("mean", expected / 5)):
+        loss = methods.debiased_loss(student, teacher, kappa=0.3, reduction=reduction)
+        assert loss.item() == pytest.approx(value, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["resnet_small", "vit_small", "resmlp_small"])
@@ -267,3 +269,11 @@ def test_table_pairs_the_seeds(tmp_path):
 def test_plots_are_drawn(tmp_path, plot):
     getattr(evidence, plot)(some_runs(tmp_path / "runs.csv"), tmp_path / "plot.png")
     assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 1
+
+
+def test_the_map_of_settings_is_of_runs_without_a_warmup(tmp_path):
+    lines, path = some_runs(tmp_path / "runs.csv"), tmp_path / "plot.png"
+    evidence.plot_sensitivity(lines, path)
+    drawn = np.asarray(Image.open(path))
+    evidence.plot_sensitivity([*lines, {**lines[-1], "warmup": "0.3", "val_accuracy": "12"}], path)
+    assert np.array_equal(np.asarray(Image.open(path)), drawn)
