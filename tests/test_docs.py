@@ -118,10 +118,12 @@ def test_evidence_tables_are_those_of_the_results():
     evidence = pytest.importorskip("benchmarks.evidence", reason="needs the bench extra")
     overhead = pytest.importorskip("benchmarks.overhead", reason="needs the bench extra")
     page = (ROOT / "docs" / "evidence.md").read_text()
-    lines, steps = (evidence.read(evidence.RESULTS / f"{name}.csv") for name in ("distill", "distill_steps"))
+    names = ("distill", "distill_steps", "sensitivity")
+    lines, steps, settings = (evidence.read(evidence.RESULTS / f"{name}.csv") for name in names)
     for pair in evidence.pairs(lines):
         assert evidence.markdown(lines, pair, steps) in page
     assert evidence.origin(lines) in page
+    assert evidence.origin(settings) in page
     assert overhead.markdown(evidence.RESULTS / "overhead.csv") in page
 
 
