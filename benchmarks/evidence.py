@@ -58,15 +58,16 @@ def over_none(group: list[Line], lines: list[Line], value: str, of: Callable[[fl
 def markdown(lines: list[Line], pair: str, steps: list[Line]) -> str:
     """One line per method and setting: mean and sample standard deviation of the test accuracy over the seeds."""
     table = [
-        "| method | weight | kappa | seeds | test accuracy, % | over none | parameters added | time per step |",
-        "|---" * 8 + "|",
+        "| method | epochs | weight | kappa | seeds | test accuracy, % | over none | parameters added | step time |",
+        "|---" * 9 + "|",
     ]
     for group in groups(line for line in lines if line["pair"] == pair):
         first = group[0]
         gains = over_none(group, lines, "test_accuracy", lambda a, b: a - b)
         timed = [line for line in steps if all(line[k] == first[k] for k in ("pair", "method", "batch"))]
         ratios = over_none(timed, steps, "step_ms", lambda a, b: a / b) if timed else []
-        cells = [first["method"], first["weight"], first["kappa"], str(len(group)), spread(accuracies(group))]
+        cells = [first[name] for name in ("method", "epochs", "weight", "kappa")]
+        cells += [str(len(group)), spread(accuracies(group))]
         cells.append(f"{statistics.mean(gains):+.1f}" if gains and first["method"] != "none" else "")
         cells += [f"{int(first['added_parameters']):,}", f"x {statistics.median(ratios):.2f}" if ratios else ""]
         table.append(f"| {' | '.join(cells)} |")
@@ -82,6 +83,13 @@ def origin(lines: list[Line]) -> str:
     return "\n".join([text, "", "<!-- not run: hours of training -->", "```", *commands, "```"])
 
 
+def label(line: Line, among: list[Line]) -> str:
+    """The method, with what sets it apart from others of its name."""
+    same = [other for other in among if other["method"] == line["method"]]
+    apart = [name for name in ("weight", "epochs") if len({other[name] for other in same}) > 1]
+    return ", ".join([line["method"], *(f"{name} {line[name]}" for name in apart)])
+
+
 def plot_accuracy(lines: list[Line], path: Path) -> None:
     """Mean and spread of the test accuracy of every method, one panel per pair."""
     shown = pairs(lines)
@@ -92,12 +100,7 @@ def plot_accuracy(lines: list[Line], path: Path) -> None:
             values, ours = accuracies(group), "rsd" in group[0]["method"]
             axes.plot(values, [place] * len(values), "o", color="C3" if ours else "C0", alpha=0.5)
             axes.plot(statistics.mean(values), place, "|", color="black", markersize=14)
-        methods = [group[0]["method"] for group in ordered]
-        names = [
-            f"{name}, weight {group[0]['weight']}" if methods.count(name) > 1 else name
-            for name, group in zip(methods, ordered, strict=True)
-        ]
-        axes.set_yticks(range(len(ordered)), names)
+        axes.set_yticks(range(len(ordered)), [label(group[0], [other[0] for other in ordered]) for group in ordered])
         axes.grid(axis="x", alpha=0.3)
         axes.set(xlabel="test accuracy, %", title=pair)
     figure.suptitle("One dot per seed, a stroke for the mean; red: RSD and its variants", fontsize=10)

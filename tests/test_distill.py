@@ -259,10 +259,18 @@ def test_table_pairs_the_seeds(tmp_path):
     """A gain is over the student alone of the same seeds, of which there may be more."""
     lines = some_runs(tmp_path / "runs.csv")
     table = evidence.markdown(lines, "cnn_vit", lines)
-    assert "| rsd | 0.1 | 0.01 | 2 | 48.5 ± 6.4 | +3.5 | 1,234 | x 1.08 |\n" in table
-    assert table.endswith("| none | 0.1 |  | 3 | 46.0 ± 5.3 |  | 1,234 | x 1.00 |")
+    assert "| rsd | 2 | 0.1 | 0.01 | 2 | 48.5 ± 6.4 | +3.5 | 1,234 | x 1.08 |\n" in table
+    assert table.endswith("| none | 2 | 0.1 |  | 3 | 46.0 ± 5.3 |  | 1,234 | x 1.00 |")
     end = "2026-01-02:\n\n<!-- not run: hours of training -->\n```\npython -m x\n```"
     assert evidence.origin(lines).endswith(end)
+
+
+def test_label_says_what_sets_a_run_apart():
+    short = {"method": "kd", "weight": "9", "epochs": "15"}
+    long, light, other = short | {"epochs": "30"}, short | {"weight": "1"}, short | {"method": "rsd", "weight": "1"}
+    assert evidence.label(short, [short, other]) == "kd"
+    assert evidence.label(short, [short, long]) == "kd, epochs 15"
+    assert evidence.label(long, [short, light, long]) == "kd, weight 9, epochs 30"
 
 
 @pytest.mark.parametrize("plot", ["plot_accuracy", "plot_sensitivity"])
