@@ -398,7 +398,8 @@ def _streams(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> bool:
     """Whether tall inputs go block by block, with products in dtype: on a CPU, where float32's range is enough."""
     # Compiled code centres in few passes as it is, and gains from blocks where there are many; so do half products,
     # which take long to add up over blocks.
-    blocks = (8 if torch.compiler.is_compiling() else 1) * (4 if dtype == torch.bfloat16 else 1)
+    few, many = (4, 32) if dtype == torch.bfloat16 else (1, 4)
+    blocks = many if torch.compiler.is_compiling() else few
     same = student.dtype == teacher.dtype == dtype or student.dtype == teacher.dtype == torch.float32
     known = dtype in (torch.bfloat16, torch.float32, torch.float64)
     return student.device.type == "cpu" and student.shape[0] >= blocks * _BLOCK_ROWS and same and known
