@@ -100,7 +100,8 @@ def plot_accuracy(lines: list[Line], path: Path) -> None:
             values, ours = accuracies(group), "rsd" in group[0]["method"]
             axes.plot(values, [place] * len(values), "o", color="C3" if ours else "C0", alpha=0.5)
             axes.plot(statistics.mean(values), place, "|", color="black", markersize=14)
-        axes.set_yticks(range(len(ordered)), [label(group[0], [other[0] for other in ordered]) for group in ordered])
+        firsts = [group[0] for group in ordered]
+        axes.set_yticks(range(len(firsts)), [label(first, firsts) for first in firsts])
         axes.grid(axis="x", alpha=0.3)
         axes.set(xlabel="test accuracy, %", title=pair)
     figure.suptitle("One dot per seed, a stroke for the mean; red: RSD and its variants", fontsize=10)

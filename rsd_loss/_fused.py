@@ -273,24 +273,25 @@ def _streamed_gradient(
 ) -> Tensor:
     """The gradient ur o (Ct A) + pull o (Cs - rest_s) + rest; in half precision pull times colsum(Ct A o Cs)."""
     grad = torch.empty_like(student)
-    work = ur.new_empty(1 if grad.dtype == ur.dtype else 2, _block_rows(student), student.shape[1])
+    work = ur.new_empty(_block_rows(student), student.shape[1])
+    full = None if grad.dtype == ur.dtype else torch.empty_like(work)  # for the sums, where the gradient is rounded
     if a.dtype != ur.dtype:
-        half, dot = torch.empty_like(work[0], dtype=a.dtype), torch.zeros_like(ur)
+        half, dot = torch.empty_like(work, dtype=a.dtype), torch.zeros_like(ur)
         for rows in _blocks(student):
-            centred = work[0, : rows.stop - rows.start]
+            centred = work[: rows.stop - rows.start]
             left = half[: rows.stop - rows.start].copy_(_subtract(teacher[rows], mean_t, centred))
             grad[rows] = torch.mm(left, a)  # which a half-precision gradient can hold as it is
             dot += _subtract(student[rows], mean_s, centred).mul_(grad[rows]).sum(dim=0)
         pull = pull * dot
     rest = rest - pull * rest_s
     for rows in _blocks(student):
-        centred = work[0, : rows.stop - rows.start]
+        centred = work[: rows.stop - rows.start]
         if a.dtype == ur.dtype:
             torch.mm(_subtract(teacher[rows], mean_t, centred), a, out=grad[rows])
-        product = grad[rows] if grad.dtype == ur.dtype else work[1, : rows.stop - rows.start].copy_(grad[rows])
+        product = grad[rows] if full is None else full[: rows.stop - rows.start].copy_(grad[rows])
         torch.addcmul(rest, product, ur, out=product)
         product.addcmul_(_subtract(student[rows], mean_s, centred), pull)
-        if grad.dtype != ur.dtype:
+        if full is not None:
             grad[rows] = product
     return grad
 
