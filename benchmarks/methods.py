@@ -41,6 +41,7 @@ class Setup(NamedTuple):
     reduction: str
 
 
+Criterion = Callable[[Tensor, Tensor], Tensor]  # of the projected student's and the teacher's embeddings
 Term = Callable[[Outputs, Outputs, Tensor], Tensor]
 Build = Callable[[Setup, nn.ModuleList], Term]
 
@@ -130,9 +131,23 @@ def debiased_loss(student: Tensor, teacher: Tensor, kappa: float, reduction: str
     z_s, z_t = standardise(student, 1e-5), standardise(teacher, 1e-5)
     p = z_t.T @ z_s / len(z_s)
     own = (z_t.square().T @ z_s.square()) / len(z_s) ** 2
-    apart = p.square() - own
-    penalty = apart.sum(dim=0) - apart.diagonal()
-    return loss + kappa * (penalty.mean() if reduction == "mean" else penalty.sum())
+    return loss + kappa * _off_diagonal(p.square() - own, reduction)
+
+
+def relative_loss(student: Tensor, teacher: Tensor, kappa: float, reduction: str = "sum") -> Tensor:
+    """RSD whose off-diagonal is to be what the teacher's features have among themselves rather than zero.
+
+    A student equal to its teacher then has a loss of zero at every kappa.
+    """
+    loss = rsd_loss(student, teacher, kappa=0.0, reduction=reduction)
+    z_s, z_t = standardise(student, 1e-5), standardise(teacher, 1e-5)
+    apart = z_t.T @ (z_s - z_t) / len(z_s)
+    return loss + kappa * _off_diagonal(apart.square(), reduction)
+
+
+def _off_diagonal(matrix: Tensor, reduction: str) -> Tensor:
+    sums = matrix.sum(dim=0) - matrix.diagonal()
+    return sums.mean() if reduction == "mean" else sums.sum()
 
 
 # Methods
@@ -197,9 +212,9 @@ def ofa(setup: Setup, added: nn.ModuleList) -> Term:
     return term
 
 
-def rsd(setup: Setup, added: nn.ModuleList) -> Term:
-    """Redundancy suppression distillation (Zhang et al., ICCV 2025)."""
-    return _projected(setup, added, setup.student.embedding, setup.teacher.embedding, lambda x: x.embedding)
+def rsd(setup: Setup, added: nn.ModuleList, criterion: Criterion | None = None) -> Term:
+    """Redundancy suppression distillation (Zhang et al., ICCV 2025); with another criterion its variants."""
+    return _projected(setup, added, setup.student.embedding, setup.teacher.embedding, lambda x: x.embedding, criterion)
 
 
 def rsd_noproj(setup: Setup, added: nn.ModuleList) -> Term:
@@ -249,9 +264,27 @@ def rsd_dense(setup: Setup, added: nn.ModuleList) -> Term:
 
 def rsd_debiased(setup: Setup, added: nn.ModuleList) -> Term:
     """RSD with the debiased decorrelation."""
-    embeddings = setup.student.embedding, setup.teacher.embedding
-    criterion = partial(debiased_loss, kappa=setup.kappa, reduction=setup.reduction)
-    return _projected(setup, added, *embeddings, lambda x: x.embedding, criterion)
+    return rsd(setup, added, partial(debiased_loss, kappa=setup.kappa, reduction=setup.reduction))
+
+
+def rsd_relative(setup: Setup, added: nn.ModuleList) -> Term:
+    """RSD with a decorrelation towards the teacher's own correlation."""
+    return rsd(setup, added, partial(relative_loss, kappa=setup.kappa, reduction=setup.reduction))
+
+
+def rsd_balanced(setup: Setup, added: nn.ModuleList) -> Term:
+    """RSD scaled in every step so that its gradient at the embedding is as long as that of the cross-entropy."""
+    term = rsd(setup, added)
+
+    def balanced(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
+        loss = term(s, t, y)
+        ours, theirs = (
+            torch.autograd.grad(x, s.embedding, retain_graph=True)[0].float().norm()
+            for x in (loss, F.cross_entropy(s.logits, y))
+        )
+        return loss * (theirs / ours)
+
+    return balanced
 
 
 def ofa_rsd(setup: Setup, added: nn.ModuleList) -> Term:
@@ -275,7 +308,7 @@ def _projected(
     student: Tensor,
     teacher: Tensor,
     of: Callable[[Outputs], Tensor],
-    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    criterion: Criterion | None = None,
 ) -> Term:
     """RSD, or another criterion, of one pair of embeddings behind a decoupling projector."""
     projector, criterion = DecouplingProjector(student.shape[1], teacher.shape[1]), criterion or _criterion(setup)
@@ -384,6 +417,8 @@ METHODS = {
     "rsd_stages": Method(rsd_stages, 0.1, kappa=0.01),
     "rsd_dense": Method(rsd_dense, 0.1, kappa=0.01),
     "rsd_debiased": Method(rsd_debiased, 0.1, kappa=0.01),
+    "rsd_relative": Method(rsd_relative, 0.1, kappa=0.01),
+    "rsd_balanced": Method(rsd_balanced, 1.0, kappa=0.01),
     "ofa_rsd": Method(ofa_rsd, 0.1, kappa=0.01),
     "sdd": Method(sdd, 1.0, warmup=30 / 240),
 }

@@ -109,6 +109,28 @@ def test_debiased_decorrelation_leaves_out_each_sample_with_itself(batch):
         assert loss.item() == pytest.approx(value, rel=1e-9)
 
 
+def test_relative_decorrelation_is_towards_that_of_the_teacher(batch):
+    student, teacher = batch[0], batch[1]
+    p = np.corrcoef(teacher.T, student.T)
+    expected = sum((p[i, 5 + i] - 1) ** 2 for i in range(5))
+    expected += 0.3 * sum((p[i, 5 + j] - p[i, j]) ** 2 for i in range(5) for j in range(5) if i != j)
+    for reduction, value in (("sum", expected), ("mean", expected / 5)):
+        loss = methods.relative_loss(student, teacher, kappa=0.3, reduction=reduction)
+        # 1e-4 is what eps, which corrcoef has not, changes at deviations of about 3.
+        assert loss.item() == pytest.approx(value, rel=1e-4)
+
+
+def test_balanced_gradient_is_as_long_as_that_of_the_labels(batch):
+    student, teacher, labels = batch[0].float().requires_grad_(), batch[1].float(), batch[2]
+    head = nn.Linear(5, 5)
+    out = methods.Outputs(head(student), student, [], student)
+    above = methods.Outputs(teacher, teacher, [], teacher)
+    term = methods.rsd_balanced(methods.Setup(out, above, head, head, 0.01, "sum"), nn.ModuleList())
+    losses = term(out, above, labels), nn.functional.cross_entropy(out.logits, labels)
+    ours, theirs = (torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in losses)
+    torch.testing.assert_close(ours.norm(), theirs.norm())
+
+
 @pytest.mark.parametrize("name", ["resnet_small", "vit_small", "resmlp_small"])
 def test_ofa_projectors_reach_the_logits_from_every_stage(name):
     network = distill.NETWORKS[name]
