@@ -198,14 +198,14 @@ class Run:
 
     @property
     def key(self) -> tuple[str, ...]:
-        return tuple(_cell(getattr(self, name)) for name in KEY)
+        return tuple(cell(getattr(self, name)) for name in KEY)
 
 
 COLUMNS = [field.name for field in fields(Run)]
 KEY = COLUMNS[: COLUMNS.index("warmup") + 1]
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -216,7 +216,7 @@ def append(run: Run, path: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
-        writer.writerow({name: _cell(value) for name, value in asdict(run).items()})
+        writer.writerow({name: cell(value) for name, value in asdict(run).items()})
 
 
 def finished(path: Path) -> set[tuple[str, ...]]:

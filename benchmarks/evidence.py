@@ -4,6 +4,8 @@ Prints the tables of docs/evidence.md and draws its plots, from the files in ben
 """
 
 import csv
+import re
+import shlex
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,9 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks.distill import KEY
+from benchmarks.distill import KEY, cell
+from benchmarks.methods import METHODS
 
 RESULTS = Path(__file__).parent / "results"
+TUNED = ("small_cnn_coarse", "256")  # the pair and batch at which rivals had several weights, too
 Line = dict[str, str]
 SETTING = [name for name in KEY if name not in ("seed", "teacher_epochs")]
 
@@ -74,13 +78,69 @@ def markdown(lines: list[Line], pair: str, steps: list[Line]) -> str:
     return "\n".join(table)
 
 
+def tuning(lines: list[Line], pair: str, batch: str) -> str:
+    """One line per method: validation accuracy by weight, and the test accuracy where that is best; kappa is 0.01."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        here = (line["pair"], line["batch"]) == (pair, batch) and line["kappa"] in ("", "0.01")
+        if here and line["warmup"] == cell(METHODS[line["method"]].warmup):
+            found.setdefault(line["method"], []).append(line)
+    best = {name: max(group, key=lambda line: float(line["val_accuracy"])) for name, group in found.items()}
+    table = ["| method | validation accuracy, %, by weight | test accuracy at the best, % |", "|---|---|---|"]
+    for name in sorted(found, key=lambda name: -float(best[name]["val_accuracy"])):
+        ordered = sorted(found[name], key=lambda line: float(line["weight"]))
+        by_weight = "; ".join(f"{line['weight']}: {float(line['val_accuracy']):.1f}" for line in ordered)
+        table.append(f"| {name} | {by_weight} | {float(best[name]['test_accuracy']):.1f} |")
+    return "\n".join(table)
+
+
 def origin(lines: list[Line]) -> str:
-    """Where and when the lines come from, and the commands."""
-    machines = dict.fromkeys(f"{line['device']}, torch {line['torch']}, commit {line['commit']}" for line in lines)
+    """Where and when the lines come from, and commands that make them all; in the file each has its own."""
+    machines = ", ".join(dict.fromkeys(f"{line['device']}, torch {line['torch']}" for line in lines))
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     dates = sorted({line["date"] for line in lines})
-    text = f"{'; '.join(machines)}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "") + ":"
-    commands = dict.fromkeys(line["command"] for line in lines)
-    return "\n".join([text, "", "<!-- not run: hours of training -->", "```", *commands, "```"])
+    text = f"{machines}; commits {commits}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "") + ":"
+    return "\n".join([text, "", "<!-- not run: hours of training -->", "```", *commands(lines), "```"])
+
+
+def commands(lines: list[Line]) -> list[str]:
+    """Few calls of benchmarks.distill that together plan these runs and no others."""
+    calls = [options(line) for line in lines if line["method"] != "teacher"]  # teachers are trained on the way
+    for name in ("--seeds", "--batches", "--weights", "--kappas", "--methods", "--pairs"):
+        # Calls that differ in this option only are one with all its values.
+        joined: dict[tuple[tuple[str, tuple[str, ...]], ...], set[str]] = {}
+        for call in calls:
+            rest = tuple(item for item in call.items() if item[0] != name)
+            joined.setdefault(rest, set()).update(call[name])
+        calls = [{**dict(rest), name: tuple(sorted(values))} for rest, values in joined.items()]
+    words = ([word for item in call.items() for word in (item[0], *item[1])] for call in calls)
+    return [shlex.join(["python", "-m", "benchmarks.distill", *call]) for call in words]
+
+
+def options(line: Line) -> dict[str, tuple[str, ...]]:
+    """Of a call that plans this one run."""
+    method = METHODS[line["method"]]
+    found = {
+        "--data": (line["data"],),
+        "--csv": ("again.csv",),  # and not the file that has the runs, where none is repeated
+        "--teacher-epochs": (line["teacher_epochs"],),
+        "--views": (line["views"],),
+        "--epochs": (line["epochs"],),
+        "--reductions": (line["reduction"] or "sum",),  # which the others have no use for
+        "--seeds": (line["seed"],),
+        "--batches": (line["batch"],),
+        "--weights": ("x1" if line["weight"] == cell(method.weight) else line["weight"],),
+        "--kappas": (line["kappa"] if method.kappa else "0.01",),
+        "--methods": (line["method"],),
+        "--pairs": (line["pair"],),
+    }
+    if threads := re.search(r"(\d+) threads?$", line["device"]):
+        found["--threads"] = (threads[1],)
+    if line["precision"] == "bfloat16":
+        found["--bfloat16"] = ()
+    if line["warmup"] != cell(method.warmup):
+        found["--warmup"] = (line["warmup"],)
+    return found
 
 
 def label(line: Line, among: list[Line]) -> str:
@@ -144,7 +204,9 @@ def main() -> None:
         print(f"\n{pair}\n\n{markdown(lines, pair, steps)}")
     print(f"\n{origin(lines)}")
     plot_accuracy(lines, RESULTS / "accuracy.png")
-    plot_sensitivity(read(RESULTS / "sensitivity.csv"), RESULTS / "sensitivity.png")
+    settings = read(RESULTS / "sensitivity.csv")
+    print(f"\n{tuning(settings, *TUNED)}\n\n{origin(settings)}")
+    plot_sensitivity(settings, RESULTS / "sensitivity.png")
 
 
 if __name__ == "__main__":

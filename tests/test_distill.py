@@ -283,8 +283,24 @@ def test_table_pairs_the_seeds(tmp_path):
     table = evidence.markdown(lines, "cnn_vit", lines)
     assert "| rsd | 2 | 0.1 | 0.01 | 2 | 48.5 ± 6.4 | +3.5 | 1,234 | x 1.08 |\n" in table
     assert table.endswith("| none | 2 | 0.1 |  | 3 | 46.0 ± 5.3 |  | 1,234 | x 1.00 |")
-    end = "2026-01-02:\n\n<!-- not run: hours of training -->\n```\npython -m x\n```"
-    assert evidence.origin(lines).endswith(end)
+
+
+def test_weights_are_chosen_on_the_validation_images(tmp_path):
+    lines = [line for line in some_runs(tmp_path / "runs.csv") if line["seed"] == "0"]
+    rsd = next(line for line in lines if line["method"] == "rsd")
+    lines += [rsd | {"weight": "0.03", "val_accuracy": "45.0", "test_accuracy": "41.0"}]
+    lines += [rsd | {"weight": "1", "val_accuracy": "42.0", "test_accuracy": "60.0"}]
+    lines += [rsd | {"val_accuracy": "70.0"} | other for other in ({"kappa": "1"}, {"warmup": "0.3"}, {"batch": "9"})]
+    table = evidence.tuning(lines, "cnn_vit", "8").splitlines()[2:]
+    assert table == ["| rsd | 0.03: 45.0; 0.1: 44.0; 1: 42.0 | 41.0 |", "| none | 0.1: 40.0 | 40.0 |"]
+
+
+@pytest.mark.parametrize("name", ["distill", "distill_steps", "sensitivity"])
+def test_commands_plan_the_runs_of_the_results_and_no_others(name):
+    lines = evidence.read(evidence.RESULTS / f"{name}.csv")
+    students = [tuple(line[key] for key in distill.KEY) for line in lines if line["method"] != "teacher"]
+    planned = [run.key for line in evidence.commands(lines) for run in distill.planned(distill.parse(line.split()[3:]))]
+    assert sorted(planned) == sorted(students)
 
 
 def test_label_says_what_sets_a_run_apart():
