@@ -298,6 +298,12 @@ def ofa_rsd(setup: Setup, added: nn.ModuleList) -> Term:
     return term
 
 
+def together(setup: Setup, added: nn.ModuleList, names: tuple[str, ...]) -> Term:
+    """The terms of several methods, each with its own weight."""
+    terms = [(METHODS[name].weight, METHODS[name].build(setup, added)) for name in names]
+    return lambda s, t, y: torch.stack([weight * term(s, t, y) for weight, term in terms]).sum()
+
+
 def _criterion(setup: Setup) -> RSDLoss:
     return RSDLoss(setup.kappa, reduction=setup.reduction)
 
@@ -419,6 +425,8 @@ METHODS = {
     "rsd_debiased": Method(rsd_debiased, 0.1, kappa=0.01),
     "rsd_relative": Method(rsd_relative, 0.1, kappa=0.01),
     "rsd_balanced": Method(rsd_balanced, 1.0, kappa=0.01),
+    "kd_rsd": Method(partial(together, names=("kd", "rsd")), 1.0, kappa=0.01),
+    "dist_rsd": Method(partial(together, names=("dist", "rsd")), 1.0, kappa=0.01),
     "ofa_rsd": Method(ofa_rsd, 0.1, kappa=0.01),
     "sdd": Method(sdd, 1.0, warmup=30 / 240),
 }

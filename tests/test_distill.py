@@ -14,6 +14,7 @@ pytest.importorskip("rich", reason="needs the bench extra")
 from PIL import Image
 
 from benchmarks import distill, evidence, methods
+from rsd_loss import rsd_loss
 
 T = 4.0
 
@@ -129,6 +130,14 @@ def test_balanced_gradient_is_as_long_as_that_of_the_labels(batch):
     losses = term(out, above, labels), nn.functional.cross_entropy(out.logits, labels)
     ours, theirs = (torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in losses)
     torch.testing.assert_close(ours.norm(), theirs.norm())
+
+
+def test_methods_add_up_by_their_weights(batch):
+    student, teacher = (methods.Outputs(x, x, [], x) for x in batch[:2])
+    setup = methods.Setup(student, teacher, nn.Identity(), nn.Identity(), 0.3, "sum")
+    total = methods.together(setup, nn.ModuleList(), names=("kd", "rsd_logits"))(student, teacher, batch[2])
+    expected = 9 * methods.kd_loss(*batch[:2]) + 0.1 * rsd_loss(*batch[:2], kappa=0.3)
+    torch.testing.assert_close(total, expected)
 
 
 @pytest.mark.parametrize("name", ["resnet_small", "vit_small", "resmlp_small"])
