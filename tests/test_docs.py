@@ -124,6 +124,7 @@ def test_evidence_tables_are_those_of_the_results():
         assert evidence.markdown(lines, pair, steps) in page
     assert evidence.origin(lines) in page
     assert evidence.origin(settings) in page
+    assert evidence.tuning(settings, *evidence.TUNED) in page
     assert overhead.markdown(evidence.RESULTS / "overhead.csv") in page
 
 
