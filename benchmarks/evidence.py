@@ -96,7 +96,7 @@ def tuning(lines: list[Line], pair: str, batch: str) -> str:
 
 def origin(lines: list[Line]) -> str:
     """Where and when the lines come from, and commands that make them all; in the file each has its own."""
-    machines = ", ".join(dict.fromkeys(f"{line['device']}, torch {line['torch']}" for line in lines))
+    machines = "; ".join(dict.fromkeys(f"{line['device']}, torch {line['torch']}" for line in lines))
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     dates = sorted({line["date"] for line in lines})
     text = f"{machines}; commits {commits}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "") + ":"
