@@ -202,7 +202,7 @@ def main() -> None:
     lines, steps = read(RESULTS / "distill.csv"), read(RESULTS / "distill_steps.csv")
     for pair in pairs(lines):
         print(f"\n{pair}\n\n{markdown(lines, pair, steps)}")
-    print(f"\n{origin(lines)}")
+    print(f"\n{origin(lines)}\n\n{origin(steps)}")
     plot_accuracy(lines, RESULTS / "accuracy.png")
     settings = read(RESULTS / "sensitivity.csv")
     print(f"\n{tuning(settings, *TUNED)}\n\n{origin(settings)}")

@@ -123,6 +123,7 @@ def test_evidence_tables_are_those_of_the_results():
     for pair in evidence.pairs(lines):
         assert evidence.markdown(lines, pair, steps) in page
     assert evidence.origin(lines) in page
+    assert evidence.origin(steps) in page
     assert evidence.origin(settings) in page
     assert evidence.tuning(settings, *evidence.TUNED) in page
     assert overhead.markdown(evidence.RESULTS / "overhead.csv") in page
