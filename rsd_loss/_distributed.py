@@ -14,15 +14,20 @@ gradient of the one loss.
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from rsd_loss._common import merge_moments, product_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
 class Shard(NamedTuple):
@@ -44,35 +49,92 @@ def sum_over_features(x: Tensor, shard: Shard | None) -> Tensor:
     return _Sum.apply(x, shard.group) if shard is not None and not shard.by_rows else x
 
 
-def merge_moments(
-    shard: Shard, rows: int, first: Tensor, means: Tensor, squares: Tensor, product: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The moments of all rows from those of this process's (Chan, Golub and LeVeque).
+def merge_over_processes(
+    shard: Shard, own_rows: int, means: Tensor, squares: Tensor, product: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The moments of all rows from those of this process's, for a batch split by rows.
 
     Args:
-        shard: A batch split by rows.
-        rows: How many of them this process holds.
-        first: (2, D) first row of both sides in float64, to which the means are relative.
-        means: (2, D) means of the differences to the first row.
+        shard: What this process has of the batch.
+        own_rows: How many rows.
+        means: (2, D) means in float64, as processes share no row to take differences to.
         squares: (2, D) sums of squares about the means.
         product: (D, D) Ct' Cs about the means, if it is to be completed too.
 
     Returns:
-        The means relative to the same first row, the squares and the product of the whole batch (no rows of it if
-        none was given); and the process's own means less those of the whole batch.
+        The process's means less those of the batch, the batch's squares, and its product (no rows if none was given).
     """
-    # float64, because processes have no common first row, and an offset of 1e4 would leave float32 few digits.
-    own = first + means
-    whole = _Sum.apply(rows * own, shard.group) / shard.rows
-    apart = (own - whole).to(means.dtype)
-    sums = [squares + rows * apart.square()]
-    if product is not None:
-        sums.append(torch.addr(product, apart[1], apart[0], alpha=rows))
-    total = _Sum.apply(torch.cat(sums), shard.group)
-    return (whole - first).to(means.dtype), total[:2], total[2:], apart
+    apart, squares = merge_moments(own_rows, means, squares, lambda x: _Sum.apply(x, shard.group), shard.rows)
+    products = [] if product is None else [torch.addr(product, apart[1], apart[0], alpha=own_rows)]
+    total = _Sum.apply(torch.cat([squares, *products]), shard.group)
+    return apart, total[:2], total[2:]
 
 
-def group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None":
+# Whether there are other processes may change between calls, whether the embeddings fit is for all of them to agree on
+# before any sends, and how they are shared out follows from what the others hold: decisions on the host, which the
+# compiler leaves to Python. The decorator does what torch.compiler.disable does, and does not load the compiler when
+# this module is imported.
+@_disable_dynamo
+def gathered_losses(
+    choose: Callable[[int], Callable[..., tuple[Tensor, Tensor, Tensor]]],
+    student: Tensor,
+    teacher: Tensor,
+    kappa: float,
+    eps: float,
+    facts: dict[str, str],
+    process_group: "ProcessGroup | None",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of the batch of all processes, the same in each.
+
+    Args:
+        choose: Checks the arguments, embeddings for a least number of rows, and returns the backend they are for.
+        student: (B_r, D) embeddings of this process.
+        teacher: (B_r, D) embeddings of the same samples.
+        kappa: Weight of the decorrelation term.
+        eps: Added to the standard deviation.
+        facts: Other settings that must be the same in all processes, by name.
+        process_group: The processes to gather over; the default group if None.
+
+    Returns:
+        As ``reference.feature_losses``.
+    """
+    group = _group_or_none(process_group)
+    if group is None:
+        return choose(2)(student, teacher, float(kappa), float(eps))
+    backend, rows = _agree(choose, student, teacher, {"kappa": kappa, "eps": eps, **facts}, group)
+    kappa, eps, features, whole = float(kappa), float(eps), student.shape[1], sum(rows)
+    if facts["implementation"] == "reference":  # sums as its equations do, whatever the shape, and so do its gradients
+        return backend(student, teacher, kappa, eps, Shard(group, whole, features, by_rows=True))
+    if features <= whole:
+        losses, e, off = backend(student, teacher, kappa, eps, Shard(group, whole, features, by_rows=True))
+        return _SumGradients.apply(losses, group), e, off
+    shares = [features // len(rows) + (rank < features % len(rows)) for rank in range(len(rows))]
+    args = (_Exchange.apply(x, rows, shares, group) for x in (student, teacher))
+    shared = backend(*args, kappa, eps, Shard(group, whole, features, by_rows=False))
+    rank = dist.get_rank(group)
+    before = sum(shares[:rank])
+    padding = (before, features - before - shares[rank])
+    losses, e, off = _Sum.apply(F.pad(torch.stack(shared), padding), group)
+    return losses, e.detach(), off.detach()
+
+
+@_disable_dynamo
+def gathered_correlation(
+    choose: Callable[[int], Callable[..., Tensor]],
+    student: Tensor,
+    teacher: Tensor,
+    eps: float,
+    process_group: "ProcessGroup | None",
+) -> Tensor:
+    """The cross-correlation of the batch of all processes; ``choose`` as in ``gathered_losses``."""
+    group = _group_or_none(process_group)
+    if group is None:
+        return choose(2)(student, teacher, float(eps))
+    backend, rows = _agree(choose, student, teacher, {"eps": eps}, group)
+    return backend(student, teacher, float(eps), Shard(group, sum(rows), student.shape[1], by_rows=True))
+
+
+def _group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None":
     """The group to gather over, or None if there is none or it is this process alone."""
     if not dist.is_available() or not dist.is_initialized():
         if process_group is not None:
@@ -88,16 +150,30 @@ def group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None"
             f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}: "
             "take it from torch.distributed.new_group, or from a device mesh with mesh.get_group()"
         )
+    if process_group is not None and process_group not in dist.distributed_c10d._world.pg_map:
+        raise ValueError(
+            "process_group is of a torch.distributed that was shut down since: pass a group of the present one"
+        )
     group = dist.group.WORLD if process_group is None else process_group
     return group if dist.get_world_size(group) > 1 else None
 
 
-def agree(student: Tensor, teacher: Tensor, facts: dict[str, Any], group: "ProcessGroup") -> list[int]:
-    """The rows of every process; raises in all of them if one has failed or they differ in what must be the same.
+def _agree(
+    choose: Callable[[int], T], student: Tensor, teacher: Tensor, facts: dict[str, Any], group: "ProcessGroup"
+) -> tuple[T, list[int]]:
+    """What is chosen, and the rows of every process; raises in all if one fails, or they differ where they must not.
 
     One small exchange that the processes wait for: none may start to send what another does not expect.
     """
+    try:
+        chosen = choose(1)
+        if student.device.type == "meta":
+            raise ValueError("student and teacher are on meta, and what has no values cannot be gathered")
+    except (TypeError, ValueError, RuntimeError):
+        _tell([0], student, group)  # no valid input is without rows
+        raise
     facts = {
+        "the function called": "rsd_loss" if "kappa" in facts else "cross_correlation",
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
         "student's width": student.shape[1],
         "teacher's width": teacher.shape[1],
@@ -105,6 +181,7 @@ def agree(student: Tensor, teacher: Tensor, facts: dict[str, Any], group: "Proce
         "teacher's dtype": teacher.dtype,
         "student.requires_grad": student.requires_grad,
         "teacher.requires_grad": teacher.requires_grad,
+        "the dtype of the products, which torch.autocast may change,": product_dtype(student, teacher),
         **facts,
     }
     mine = [zlib.crc32(repr(fact).encode()) for fact in facts.values()]
@@ -119,19 +196,13 @@ def agree(student: Tensor, teacher: Tensor, facts: dict[str, Any], group: "Proce
                     f"{name} must be the same in all processes of the group: it is {fact} in rank "
                     f"{dist.get_rank()} and not in rank {dist.get_global_rank(group, index)}"
                 )
-    return rows
-
-
-def fail(error: Exception, student: object, group: "ProcessGroup") -> NoReturn:
-    """Raises the error here and, as no valid input is without rows, another in the processes that wait to agree."""
-    _tell([0], student, group)
-    raise error
+    return chosen, rows
 
 
 def _tell(numbers: list[int], student: object, group: "ProcessGroup") -> list[list[int]]:
     """The numbers of every process: for each number, a list with one entry per process."""
     device = None
-    if isinstance(student, Tensor) and student.device.type != "cpu":
+    if isinstance(student, Tensor) and student.device.type not in ("cpu", "meta"):
         device = student.device
     if "cpu" in dist.get_backend_config(group):
         # There it does not wait for the work that a GPU still has before it.
@@ -141,30 +212,6 @@ def _tell(numbers: list[int], student: object, group: "ProcessGroup") -> list[li
     dist.all_gather_into_tensor(received, sent, group=group)
     columns: list[list[int]] = received.view(-1, 16).T.tolist()
     return columns
-
-
-def feature_losses(
-    implementation: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    student: Tensor,
-    teacher: Tensor,
-    kappa: float,
-    eps: float,
-    rows: list[int],
-    group: "ProcessGroup",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses of the whole batch through an implementation that takes a Shard, the same in every process."""
-    features, whole = student.shape[1], sum(rows)
-    if features <= whole:
-        losses, d, q = implementation(student, teacher, kappa, eps, Shard(group, whole, features, by_rows=True))
-        return _SumGradients.apply(losses, group), d, q
-    shares = [features // len(rows) + (rank < features % len(rows)) for rank in range(len(rows))]
-    args = (_Exchange.apply(x, rows, shares, group) for x in (student, teacher))
-    shared = implementation(*args, kappa, eps, Shard(group, whole, features, by_rows=False))
-    rank = dist.get_rank(group)
-    before = sum(shares[:rank])
-    padding = (before, features - before - shares[rank])
-    losses, d, q = _Sum.apply(F.pad(torch.stack(shared), padding), group)
-    return losses, d.detach(), q.detach()
 
 
 class _Sum(torch.autograd.Function):
@@ -189,7 +236,7 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: "ProcessGroup") -> Tensor:
         ctx.group = group
-        return x.view_as(x)
+        return x.clone()  # and not a view, which could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

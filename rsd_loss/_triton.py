@@ -6,11 +6,11 @@ scale = sqrt(min(1, B / D)) does the same for the (B, B) Gram matrix, whose trac
 1 / scale^2 = max(1, D / B), and M the product of three stored matrices,
 
     M = Zt Zt' Zs = (Zt Zt') Zs  [wide]  = Zt (Zt' Zs)  [tall]
-    d = grow colsum(Zt o Zs)      q = grow^2 colsum(M o Zs) = grow^2 colsum(P o P)      w = (1 - kappa) d - 1
-    dL/dXs = u o [ (2 kappa grow M + 2 w o Zt) / (scale (n + eps sqrt(B)))  -  2 (kappa q + w d) o Zs / (scale n) ]
+    d = grow colsum(Zt o Zs)      q = grow^2 colsum(M o Zs) = grow^2 colsum(P o P)      e = d - 1      off = q - d^2
+    dL/dXs = 2 u / scale o [ (kappa grow M + (e - kappa d) o Zt) / (n + eps sqrt(B)) - (kappa off + e d) o Zs / n ]
 
 where u is the gradient of the caller's scalar in the D losses. One launch each: [moments,] standardise, two products,
-columns (d, q and the losses) and gradient; the caller's sum is the seventh at most.
+columns (e, off and the losses) and gradient; the caller's sum is the seventh at most.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsd_loss._distributed import Shard, merge_moments, sum_over_features, sum_over_rows
-from rsd_loss._fused import _Once, autocasts, product_dtype
+from rsd_loss._common import autocasts, merge_moments, once_differentiable, product_dtype
+from rsd_loss._distributed import Shard, merge_over_processes, sum_over_features, sum_over_rows
 
 try:
     import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -55,7 +55,7 @@ def unavailable(*embeddings: Tensor) -> str | None:
 def feature_losses(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-feature losses, P_jj and sum_i P_ij^2, as ``rsd_loss.reference.feature_losses``, in float32.
+    """As ``rsd_loss.reference.feature_losses``, in float32.
 
     Keeps until backward the embeddings and, in the dtype of the products (that of autocast, else of the embeddings),
     both standardised and P, or M if D exceeds B.
@@ -91,19 +91,21 @@ class _FeatureLosses(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, kappa: float, eps: float, tall: bool, shard: Shard | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        losses, d, q, z, stats, product = _forward(student, teacher, kappa, eps, tall, shard)
+        losses, e, off, z, stats, product = _forward(student, teacher, kappa, eps, tall, shard)
         if not torch.compiler.is_compiling():  # spares two launches that fill zeros; the compiler drops them unasked
             ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(d, q)
-        ctx.save_for_backward(student, teacher, d, q, z, stats, product)
-        ctx.kappa, ctx.tall, ctx.shard = kappa, tall, shard
-        return losses, d, q
+        ctx.mark_non_differentiable(e, off)
+        # An embedding without a gradient may come from torch.inference_mode, and could not be saved.
+        inputs = [x for x, wanted in zip((student, teacher), ctx.needs_input_grad, strict=False) if wanted]
+        ctx.save_for_backward(e, off, z, stats, product, *inputs)
+        ctx.kappa, ctx.tall, ctx.shard, ctx.dtypes = kappa, tall, shard, (student.dtype, teacher.dtype)
+        return losses, e, off
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None, None, None
-        student, teacher, d, q, z, stats, product = ctx.saved_tensors
+        e, off, z, stats, product, *inputs = ctx.saved_tensors
         grads: list[Tensor | None] = [None, None]
         # The products keep the dtype that forward gave them, whatever autocast is around backward().
         device = z.device.type
@@ -111,21 +113,18 @@ class _FeatureLosses(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 m = torch.mm(z[1], product) if ctx.tall else product
                 _, batch, features = z.shape
-                grads[0] = torch.empty((batch, features), dtype=student.dtype, device=z.device)
+                grads[0] = torch.empty((batch, features), dtype=ctx.dtypes[0], device=z.device)
                 # The compiler traces this with strides that the upstream need not have when it runs.
                 u = upstream.contiguous() if torch.compiler.is_compiling() else upstream
                 stride = 1 if torch.compiler.is_compiling() else u.stride(0)
                 sizes = (batch, features, *_whole(z, ctx.shard))
                 grid = (-(-batch // _BLOCK_R) * -(-features // _BLOCK_C),)
-                args = (u, stride, m, d, q, z, stats, grads[0], *sizes, ctx.kappa)
+                args = (u, stride, m, e, off, z, stats, grads[0], *sizes, ctx.kappa)
                 _gradient[grid](*args, block_r=_BLOCK_R, block_c=_BLOCK_C)
             if ctx.needs_input_grad[1]:
-                grads[1] = _teacher_gradient(
-                    upstream, product, d, z, stats, ctx.kappa, teacher.dtype, ctx.tall, ctx.shard
-                )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grads = [None if g is None else _Once.apply(g, upstream, student, teacher) for g in grads]
-        return grads[0], grads[1], None, None, None, None
+                args = (upstream, product, e, z, stats, ctx.kappa, ctx.tall, ctx.shard)
+                grads[1] = _teacher_gradient(*args).to(ctx.dtypes[1])
+        return *once_differentiable(grads, upstream, *inputs), None, None, None, None
 
 
 def _whole(z: Tensor, shard: Shard | None) -> tuple[int, int]:
@@ -136,7 +135,7 @@ def _whole(z: Tensor, shard: Shard | None) -> tuple[int, int]:
 def _forward(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, tall: bool, shard: Shard | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The losses, d and q; then what the gradients need: both z, their column factors, and P (tall) or M (wide)."""
+    """The losses, e and off; then what the gradients need: both z, their column factors, and P (tall) or M (wide)."""
     (batch, features), device = student.shape, student.device
     chunk = -(-batch // (min(_PARTS, -(-batch // _ROWS)) * _BLOCK_R)) * _BLOCK_R
     parts = -(-batch // chunk)
@@ -154,12 +153,12 @@ def _forward(
         counts = torch.full((parts, 1), chunk, device=device)
         counts[-1] = batch - (parts - 1) * chunk
         means, squares = moments.unbind(dim=2)
-        mean = (counts * means).sum(dim=1) / batch
-        squares = (squares + counts * (means - mean.unsqueeze(1)).square()).sum(dim=1)
-        first = torch.stack((student[0].double(), teacher[0].double()))
-        mean, squares, _, _ = merge_moments(shard, batch, first, mean, squares)
+        apart, squares = merge_moments(counts, means, squares, lambda x: x.sum(dim=1, keepdim=True), batch)
+        mean = means[:, 0] - apart[:, 0]
+        own = torch.stack((student[0].double(), teacher[0].double())) + mean
+        apart, squares, _ = merge_over_processes(shard, batch, own, squares.sum(dim=1))
         # Every part is given the mean of all and its share of the squares, so that the kernel finds the same in them.
-        moments.copy_(torch.stack((mean, squares / parts), dim=1).unsqueeze(1))
+        moments.copy_(torch.stack((mean - apart, squares / parts), dim=1).unsqueeze(1))
     whole = _whole(z, shard)
     max_parts = _PARTS if separate else 0
     _standardise[grid](*inputs, moments, z, stats, batch, features, *whole, chunk, eps, max_parts=max_parts, **blocks)
@@ -168,19 +167,18 @@ def _forward(
     else:
         product = torch.mm(sum_over_features(torch.mm(z[1], z[1].T), shard).to(z.dtype), z[0])
     losses = torch.empty(features, dtype=torch.float32, device=device)
-    d, q = torch.empty_like(losses), torch.empty_like(losses)
-    _columns[grid[:1]](product, z, losses, d, q, batch, features, *whole, kappa, tall=tall, **blocks)
-    return losses, d, q, z, stats, product
+    e, off = torch.empty_like(losses), torch.empty_like(losses)
+    _columns[grid[:1]](product, z, losses, e, off, batch, features, *whole, kappa, tall=tall, **blocks)
+    return losses, e, off, z, stats, product
 
 
 def _teacher_gradient(
     upstream: Tensor,
     product: Tensor,
-    d: Tensor,
+    e: Tensor,
     z: Tensor,
     stats: Tensor,
     kappa: float,
-    dtype: torch.dtype,
     tall: bool,
     shard: Shard | None,
 ) -> Tensor:
@@ -193,10 +191,10 @@ def _teacher_gradient(
     u = upstream / size
     inner = (product * u).T if tall else sum_over_features(torch.mm((z_s * u).to(z.dtype), z_s.T), shard)
     m = torch.mm(z_s, inner.to(z.dtype)) if tall else torch.mm(inner, z_t)
-    along = 2 * kappa * grow * m.float() + (2 * u * ((1 - kappa) * d - 1)) * z_s
+    along = 2 * kappa * grow * m.float() + (2 * u * (e - kappa * (e + 1))) * z_s
     through_norm = grow * sum_over_rows((along * z_t).sum(dim=0), shard)
     grad: Tensor = size * (stats[1, 0] * along - (stats[1, 1] * through_norm) * z_t)
-    return grad.to(dtype)
+    return grad
 
 
 def _jit(function: Callable[..., None]) -> Any:
@@ -314,10 +312,10 @@ def _standardise(  # type: ignore[no-untyped-def]
 
 @_jit
 def _columns(  # type: ignore[no-untyped-def]
-    product_ptr, z_ptr, losses_ptr, d_ptr, q_ptr, batch, features, all_rows, all_features, kappa,
+    product_ptr, z_ptr, losses_ptr, e_ptr, off_ptr, batch, features, all_rows, all_features, kappa,
     tall: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    """The column sums d and q, over P (tall) or over M and both z (wide), and the losses."""
+    """The column sums e and off, over P (tall) or over M and both z (wide), and the losses."""
     cols = tl.program_id(0) * block_c + tl.arange(0, block_c)
     col_mask = cols < features
     d_sum = tl.zeros([block_r, block_c], dtype=tl.float32)
@@ -342,13 +340,13 @@ def _columns(  # type: ignore[no-untyped-def]
     d = grow * tl.sum(d_sum, axis=0)
     q = grow * grow * tl.sum(q_sum, axis=0)
     tl.store(losses_ptr + cols, (d - 1) * (d - 1) + kappa * (q - d * d), mask=col_mask)
-    tl.store(d_ptr + cols, d, mask=col_mask)
-    tl.store(q_ptr + cols, q, mask=col_mask)
+    tl.store(e_ptr + cols, d - 1, mask=col_mask)
+    tl.store(off_ptr + cols, q - d * d, mask=col_mask)
 
 
 @_jit
 def _gradient(  # type: ignore[no-untyped-def]
-    upstream_ptr, upstream_stride, m_ptr, d_ptr, q_ptr, z_ptr, stats_ptr, grad_ptr, batch, features,
+    upstream_ptr, upstream_stride, m_ptr, e_ptr, off_ptr, z_ptr, stats_ptr, grad_ptr, batch, features,
     all_rows, all_features, kappa, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     """The student's gradient, one tile: all in float32 until the last store, so u = 65536 meets no half."""
@@ -357,13 +355,13 @@ def _gradient(  # type: ignore[no-untyped-def]
     rows = tl.program_id(0) // column_blocks * block_r + tl.arange(0, block_r)
     col_mask = cols < features
     u = tl.load(upstream_ptr + cols.to(tl.int64) * upstream_stride, mask=col_mask, other=0.0).to(tl.float32)
-    d = tl.load(d_ptr + cols, mask=col_mask, other=0.0)
-    q = tl.load(q_ptr + cols, mask=col_mask, other=0.0)
+    e = tl.load(e_ptr + cols, mask=col_mask, other=0.0)
+    off = tl.load(off_ptr + cols, mask=col_mask, other=0.0)
     across = tl.load(stats_ptr + cols, mask=col_mask, other=0.0)
     along = tl.load(stats_ptr + features + cols, mask=col_mask, other=0.0)
-    w = (1.0 - kappa) * d - 1.0
+    w = e - kappa * (e + 1.0)
     of_m = 2.0 * kappa * tl.maximum(1.0, all_features / all_rows)
-    of_s = 2.0 * (kappa * q + w * d) * along
+    of_s = 2.0 * (kappa * off + e * (e + 1.0)) * along
     inside = (rows < batch)[:, None] & col_mask[None, :]
     at = rows[:, None].to(tl.int64) * features + cols[None, :]
     m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)

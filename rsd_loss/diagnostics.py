@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rsd_loss.functional import check_embeddings, cross_correlation
-from rsd_loss.reference import standardise
+from rsd_loss._common import check_embeddings, check_number, statistics_dtype
+from rsd_loss.reference import cross_correlation, standardise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,8 +49,10 @@ def summary(student: Tensor, teacher: Tensor, *, eps: float = 1e-5) -> Summary:
         TypeError: An embedding is not a floating-point tensor.
         ValueError: Shapes or devices do not fit; the message says which and what to do.
     """
+    check_number("eps", eps)
     check_embeddings(student, teacher, same_width=True)
-    rows, features = student.shape
+    (rows, features), dtype = student.shape, statistics_dtype(student, teacher)
+    student, teacher = student.to(dtype), teacher.to(dtype)
     z_s, z_t = (standardise(x, eps) / rows**0.5 for x in (student, teacher))
     with torch.autocast(student.device.type, enabled=False):
         d = (z_s * z_t).sum(dim=0)
@@ -59,10 +61,12 @@ def summary(student: Tensor, teacher: Tensor, *, eps: float = 1e-5) -> Summary:
         finite = gram.isfinite().all()
         singular = torch.linalg.eigvalsh(gram.masked_fill(~finite, 0)).clamp_min(0).sqrt()
         singular = singular.masked_fill(~finite, torch.nan)
-        p = singular / singular.sum().clamp_min(torch.finfo(d.dtype).tiny)
-        centred = [x.to(d.dtype) - x.to(d.dtype).mean(dim=0) for x in (student, teacher)]
+        p = singular / singular.sum().clamp_min(torch.finfo(dtype).tiny)
+        tiny = torch.finfo(dtype).tiny
+        centred = [x - x[0] - (x - x[0]).mean(dim=0) for x in (student, teacher)]
+        centred = [x / x.abs().amax().clamp_min(tiny) for x in centred]  # fourth powers would leave the range
         own = [_gram(x).square().sum().sqrt() for x in centred]
-        alignment = _cross_squares(*centred) / (own[0] * own[1]).clamp_min(torch.finfo(d.dtype).tiny)
+        alignment = _cross_squares(*centred) / (own[0] * own[1]).clamp_min(tiny)
         off_diagonal = _cross_squares(z_s, z_t) - d.square().sum()
     return Summary(
         d.mean(),
@@ -92,7 +96,9 @@ def plot_cross_correlation(
         TypeError: An embedding is not a floating-point tensor.
         ValueError: Shapes or devices do not fit; the message says which and what to do.
     """
-    matrix = cross_correlation(student.detach(), teacher.detach(), eps=eps).float().cpu()
+    check_number("eps", eps)
+    check_embeddings(student, teacher)
+    matrix = cross_correlation(student.detach(), teacher.detach(), eps).float().cpu()
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from rsd_loss.functional import check_tensor
+from rsd_loss._common import check_tensor
 
 Grid = tuple[int, int]
 

@@ -1,15 +1,12 @@
-"""The loss and the matrix it is made of, as functions: argument checks, then dispatch."""
+"""The loss and the matrix it is made of: signatures, documentation, and the choice of a backend."""
 
-import math
-import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from rsd_loss import _distributed, _fused, reference
+from rsd_loss._common import check_embeddings, check_number, needs_reference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -17,12 +14,8 @@ if TYPE_CHECKING:
 Reduction = Literal["sum", "mean", "none"]
 Implementation = Literal["auto", "fused", "triton", "reference"]
 
-# (student, teacher, kappa, eps, shard) to (D,) losses, P_jj and sum_i P_ij^2; only the losses carry a gradient.
-FeatureLosses = Callable[[Tensor, Tensor, float, float, _distributed.Shard | None], tuple[Tensor, Tensor, Tensor]]
-
 _REDUCTIONS = ("sum", "mean", "none")
 _IMPLEMENTATIONS = ("auto", "fused", "triton", "reference")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class RSDTerms(NamedTuple):
@@ -131,16 +124,22 @@ def rsd_loss(
             message says which and what to do.
         RuntimeError: The implementation named cannot run here; the message says why.
     """
-    if gather_distributed:
-        losses, d, q = _gathered_losses(student, teacher, kappa, eps, reduction, implementation, process_group)
-    else:
+
+    def choose(min_rows: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         check_settings(kappa, eps, reduction, implementation, gather_distributed, process_group)
-        losses, d, q = _own_losses(student, teacher, kappa, eps, implementation)
+        check_embeddings(student, teacher, same_width=True, min_rows=min_rows)
+        return _backend(implementation, student, teacher)
+
+    if gather_distributed:
+        facts = {"implementation": implementation, "reduction": reduction}
+        losses, e, off = _distributed.gathered_losses(choose, student, teacher, kappa, eps, facts, process_group)
+    else:
+        losses, e, off = choose(2)(student, teacher, float(kappa), float(eps))
     loss = _reduce(losses, reduction)
     if not return_terms:
         return loss
     over_features: Reduction = "mean" if reduction == "mean" else "sum"
-    return loss, RSDTerms(_reduce((d - 1).square(), over_features), _reduce(q - d.square(), over_features))
+    return loss, RSDTerms(_reduce(e.square(), over_features), _reduce(off, over_features))
 
 
 def cross_correlation(
@@ -169,76 +168,17 @@ def cross_correlation(
         TypeError: An embedding is not a floating-point tensor, or eps not a number.
         ValueError: Shapes, devices or ranges do not fit; the message says which and what to do.
     """
+
+    def choose(min_rows: int) -> Callable[..., Tensor]:
+        _check_gather(gather_distributed, process_group)
+        check_number("eps", eps)
+        check_embeddings(student, teacher, min_rows=min_rows)
+        return reference.cross_correlation
+
     if gather_distributed:
-        p: Tensor = _gathered_correlation(student, teacher, eps, process_group)
+        p: Tensor = _distributed.gathered_correlation(choose, student, teacher, eps, process_group)
         return p
-    _check_gather(gather_distributed, process_group)
-    return _own_correlation(student, teacher, eps)
-
-
-def _own_losses(
-    student: Tensor, teacher: Tensor, kappa: float, eps: float, implementation: Implementation
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_embeddings(student, teacher, same_width=True)
-    return _backend(implementation, student, teacher)(student, teacher, kappa, eps, None)
-
-
-def _own_correlation(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
-    _check_non_negative("eps", eps)
-    check_embeddings(student, teacher)
-    return reference.cross_correlation(student, teacher, eps)
-
-
-# Whether there are other processes may change between calls, whether the embeddings fit is for all of them to agree on
-# before any sends, and how they are shared out follows from what the others hold: decisions on the host, which the
-# compiler leaves to Python. The decorator does what torch.compiler.disable does, and does not load the compiler when
-# this module is imported.
-@_disable_dynamo
-def _gathered_losses(
-    student: Tensor,
-    teacher: Tensor,
-    kappa: float,
-    eps: float,
-    reduction: Reduction,
-    implementation: Implementation,
-    process_group: "ProcessGroup | None",
-) -> tuple[Tensor, Tensor, Tensor]:
-    group = _distributed.group_or_none(process_group)
-    if group is None:
-        check_settings(kappa, eps, reduction, implementation, True, process_group)
-        return _own_losses(student, teacher, kappa, eps, implementation)
-    try:
-        check_settings(kappa, eps, reduction, implementation, True, process_group)
-        check_embeddings(student, teacher, same_width=True, min_rows=1)
-        feature_losses = _backend(implementation, student, teacher)
-    except (TypeError, ValueError, RuntimeError) as error:
-        _distributed.fail(error, student, group)
-    facts = {
-        "kappa": float(kappa),
-        "eps": float(eps),
-        "implementation": implementation,
-        "the dtype of the products, which torch.autocast may change,": _fused.product_dtype(student, teacher),
-    }
-    rows = _distributed.agree(student, teacher, facts, group)
-    if feature_losses is reference.feature_losses:  # sums as its equations do, whatever the shape
-        shard = _distributed.Shard(group, sum(rows), student.shape[1], by_rows=True)
-        return reference.feature_losses(student, teacher, kappa, eps, shard)
-    return _distributed.feature_losses(feature_losses, student, teacher, kappa, eps, rows, group)
-
-
-@_disable_dynamo
-def _gathered_correlation(student: Tensor, teacher: Tensor, eps: float, process_group: "ProcessGroup | None") -> Tensor:
-    group = _distributed.group_or_none(process_group)
-    if group is None:
-        return _own_correlation(student, teacher, eps)
-    try:
-        _check_non_negative("eps", eps)
-        check_embeddings(student, teacher, min_rows=1)
-    except (TypeError, ValueError) as error:
-        _distributed.fail(error, student, group)
-    rows = _distributed.agree(student, teacher, {"eps": float(eps)}, group)
-    shard = _distributed.Shard(group, sum(rows), student.shape[1], by_rows=True)
-    return reference.cross_correlation(student, teacher, eps, shard)
+    return choose(2)(student, teacher, float(eps))
 
 
 def check_settings(
@@ -251,8 +191,8 @@ def check_settings(
 ) -> None:
     """Raises unless the arguments that RSDLoss shares with rsd_loss are valid."""
     _check_gather(gather_distributed, process_group)
-    _check_non_negative("kappa", kappa)
-    _check_non_negative("eps", eps)
+    check_number("kappa", kappa)
+    check_number("eps", eps)
     for name, value, known in (
         ("reduction", reduction, _REDUCTIONS),
         ("implementation", implementation, _IMPLEMENTATIONS),
@@ -261,78 +201,26 @@ def check_settings(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def _backend(implementation: Implementation, student: Tensor, teacher: Tensor) -> FeatureLosses:
-    if implementation == "reference":
+def _backend(
+    implementation: Implementation, student: Tensor, teacher: Tensor
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """(student, teacher, kappa, eps, shard=None) to (D,) losses, P_jj - 1 and sum_{i != j} P_ij^2."""
+    reason = needs_reference(student, teacher)
+    if implementation == "reference" or (implementation == "auto" and reason):
         return reference.feature_losses
     if implementation == "triton":
         from rsd_loss import _triton  # on use only: importing Triton takes long, and it need not be there
 
-        if reason := _triton.unavailable(student, teacher):
-            raise RuntimeError(f'implementation="triton" cannot run here: {reason}')
-        return _triton.feature_losses
+        reason = reason or _triton.unavailable(student, teacher)
+    if reason:
+        raise RuntimeError(f'implementation="{implementation}" cannot run here: {reason}')
     # "auto" will pick the kernels on CUDA once they have won their benchmark on a real GPU.
-    return _fused.feature_losses
-
-
-def _check_non_negative(name: str, value: float) -> None:
-    # A tensor is refused too: comparing it would read its value, a hidden device synchronisation.
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: pass a Python float")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number that is not negative, got {value}")
+    return _triton.feature_losses if implementation == "triton" else _fused.feature_losses
 
 
 def _check_gather(gather_distributed: bool, process_group: "ProcessGroup | None") -> None:
     if process_group is not None and not gather_distributed:
         raise ValueError("process_group is given but gather_distributed is False: pass gather_distributed=True with it")
-
-
-def check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False, min_rows: int = 2) -> None:
-    """Raises unless both are (B, D) floating-point tensors that fit; looks at metadata only, never at values."""
-    for name, x in (("student", student), ("teacher", teacher)):
-        check_tensor(name, x)
-        if x.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}: "
-                "pass real-valued embeddings, not labels or indices"
-            )
-        if x.ndim != 2:
-            pooled = "pool maps and tokens with rsd_loss.features.pool, or make samples of positions with dense_pairs"
-            way_out = pooled if x.ndim > 2 else "keep the batch dimension"
-            raise ValueError(f"{name} must be (batch, features), got shape {tuple(x.shape)}: {way_out}")
-        if x.shape[1] == 0:
-            raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"student has {student.shape[0]} rows and teacher {teacher.shape[0]}: "
-            "row i of both must be the embedding of the same sample"
-        )
-    if student.shape[0] < min_rows:
-        raise ValueError(
-            f"student and teacher must have at least {min_rows} row{'s' * (min_rows > 1)} to correlate over, "
-            f"got {student.shape[0]}: skip the batch{' in all processes' * (min_rows < 2)}, "
-            "or set drop_last=True in the DataLoader"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"student is on {student.device} and teacher on {teacher.device}: "
-            "move the teacher's with .to(student.device)"
-        )
-    if same_width and student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"student has {student.shape[1]} features and teacher {teacher.shape[1]}: "
-            f"project the student with DecouplingProjector({student.shape[1]}, {teacher.shape[1]}), "
-            f"or give the projector that it comes from out_features={teacher.shape[1]}"
-        )
-
-
-def check_tensor(name: str, x: object) -> None:
-    """Raises unless x is a tensor."""
-    if not isinstance(x, Tensor):
-        way_out = "convert it with torch.as_tensor"
-        if x is None or isinstance(x, (tuple, dict)):
-            way_out = "pick the embedding out of the model's output"
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: {way_out}")
 
 
 def _reduce(losses: Tensor, reduction: Reduction) -> Tensor:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rsd_loss._fused import autocasts
-from rsd_loss.functional import Implementation, Reduction, RSDTerms, check_settings, check_tensor, rsd_loss
+from rsd_loss._common import autocasts, check_tensor
+from rsd_loss.functional import Implementation, Reduction, RSDTerms, check_settings, rsd_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -6,15 +6,20 @@ The fast implementations compute the same numbers without the (D, D) matrix; see
 import torch
 from torch import Tensor
 
+from rsd_loss._common import statistics_dtype
 from rsd_loss._distributed import Shard, sum_over_rows
 
 
 def standardise(x: Tensor, eps: float, shard: Shard | None = None) -> Tensor:
     """Zero mean and unit biased standard deviation per feature; eps is outside the root, unlike BatchNorm's."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(statistics_dtype(x, x))
+    first = x[0].detach()
+    x = x - first  # changes nothing but rounding: a large offset costs no digits, and a constant feature is exactly 0
     if shard is None:
         return (x - x.mean(dim=0)) / (x.std(dim=0, correction=0) + eps)
-    centred = x - sum_over_rows(x.sum(dim=0), shard) / shard.rows
+    # Processes have no common first row.
+    mean = sum_over_rows((x + first.double()).sum(dim=0), shard) / shard.rows - first
+    centred = x - mean.to(x.dtype)
     variance = sum_over_rows(centred.square().sum(dim=0), shard) / shard.rows
     dead = variance == 0  # the root has no derivative there; let it be 0, as std does
     return centred / (variance.masked_fill(dead, 1).sqrt().masked_fill(dead, 0) + eps)
@@ -34,9 +39,12 @@ def cross_correlation(student: Tensor, teacher: Tensor, eps: float, shard: Shard
 def feature_losses(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per student feature j: the loss (P_jj - 1)^2 + kappa * sum_{i != j} P_ij^2, then P_jj and sum_i P_ij^2."""
+    """Per student feature j: e_j^2 + kappa off_j, then e_j = P_jj - 1 and off_j = sum_{i != j} P_ij^2.
+
+    All are (D,), in at least float32, and only the first carries a gradient.
+    """
     p = cross_correlation(student, teacher, eps, shard)
-    p = p.to(torch.promote_types(p.dtype, torch.float32))
-    d = p.diagonal()
-    q = p.square().sum(dim=0)
-    return (d - 1).square() + kappa * (q - d.square()), d.detach(), q.detach()
+    p = p.to(statistics_dtype(p, p))
+    e = p.diagonal() - 1
+    off = p.square().sum(dim=0) - p.diagonal().square()
+    return e.square() + kappa * off, e.detach(), off.detach()
