@@ -1,7 +1,6 @@
-"""What backends, modules, features and diagnostics share: checks, dtypes, and two pieces of mathematics."""
+"""What backends, modules, features and diagnostics share: checks, dtypes, and the refusal of a second derivative."""
 
 import numbers
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -94,25 +93,6 @@ def product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a type of device."""
     return device != "meta" and torch.is_autocast_enabled(device)  # meta has no autocast to ask about
-
-
-def merge_moments(
-    count: Tensor | int, means: Tensor, squares: Tensor, total: Callable[[Tensor], Tensor], rows: int
-) -> tuple[Tensor, Tensor]:
-    """The moments of a whole from those of its parts (Chan, Golub and LeVeque).
-
-    Args:
-        count: Rows of each part.
-        means: Means of each part, all relative to the same point.
-        squares: Sums of squares of each part about its own mean.
-        total: Adds up the parts.
-        rows: Rows of the whole.
-
-    Returns:
-        Each part's mean less that of the whole, and its sum of squares about the mean of the whole.
-    """
-    apart = (means - total(count * means) / rows).to(squares.dtype)
-    return apart, squares + count * apart.square()
 
 
 def once_differentiable(grads: list[Tensor | None], *inputs: Tensor) -> list[Tensor | None]:

@@ -13,7 +13,7 @@ gradient of the one loss.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from rsd_loss._common import merge_moments, product_dtype
+from rsd_loss._common import product_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,19 +52,14 @@ def sum_over_features(x: Tensor, shard: Shard | None) -> Tensor:
 def merge_over_processes(
     shard: Shard, own_rows: int, means: Tensor, squares: Tensor, product: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The moments of all rows from those of this process's, for a batch split by rows.
+    """Completes moments over the rows that this process holds (Chan, Golub and LeVeque).
 
-    Args:
-        shard: What this process has of the batch.
-        own_rows: How many rows.
-        means: (2, D) means in float64, as processes share no row to take differences to.
-        squares: (2, D) sums of squares about the means.
-        product: (D, D) Ct' Cs about the means, if it is to be completed too.
-
-    Returns:
-        The process's means less those of the batch, the batch's squares, and its product (no rows if none was given).
+    Means are (2, D) in float64, as processes share no row to take differences to; squares (2, D) and the product Ct' Cs
+    (D, D) are about them. Returns by how much the means differ from those of the batch, and the batch's squares and
+    product (no rows if none was given).
     """
-    apart, squares = merge_moments(own_rows, means, squares, lambda x: _Sum.apply(x, shard.group), shard.rows)
+    apart = (means - _Sum.apply(own_rows * means, shard.group) / shard.rows).to(squares.dtype)
+    squares = squares + own_rows * apart.square()
     products = [] if product is None else [torch.addr(product, apart[1], apart[0], alpha=own_rows)]
     total = _Sum.apply(torch.cat([squares, *products]), shard.group)
     return apart, total[:2], total[2:]
@@ -81,22 +76,13 @@ def gathered_losses(
     teacher: Tensor,
     kappa: float,
     eps: float,
-    facts: dict[str, str],
+    facts: Mapping[str, str],
     process_group: "ProcessGroup | None",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses of the batch of all processes, the same in each.
+    """``reference.feature_losses`` of the batch of all processes, the same in each.
 
-    Args:
-        choose: Checks the arguments, embeddings for a least number of rows, and returns the backend they are for.
-        student: (B_r, D) embeddings of this process.
-        teacher: (B_r, D) embeddings of the same samples.
-        kappa: Weight of the decorrelation term.
-        eps: Added to the standard deviation.
-        facts: Other settings that must be the same in all processes, by name.
-        process_group: The processes to gather over; the default group if None.
-
-    Returns:
-        As ``reference.feature_losses``.
+    ``choose`` checks the arguments, embeddings for a least number of rows, and returns the backend that they are for;
+    ``facts`` are settings by name that must be the same in all processes.
     """
     group = _group_or_none(process_group)
     if group is None:
@@ -106,16 +92,18 @@ def gathered_losses(
     if facts["implementation"] == "reference":  # sums as its equations do, whatever the shape, and so do its gradients
         return backend(student, teacher, kappa, eps, Shard(group, whole, features, by_rows=True))
     if features <= whole:
-        losses, e, off = backend(student, teacher, kappa, eps, Shard(group, whole, features, by_rows=True))
-        return _SumGradients.apply(losses, group), e, off
+        losses, d, off = backend(student, teacher, kappa, eps, Shard(group, whole, features, by_rows=True))
+        if losses.requires_grad:  # what every process has computed alike: its gradient is the sum of theirs
+            losses.register_hook(lambda grad: _Sum.apply(grad, group))  # type: ignore[no-untyped-call]
+        return losses, d, off
     shares = [features // len(rows) + (rank < features % len(rows)) for rank in range(len(rows))]
     args = (_Exchange.apply(x, rows, shares, group) for x in (student, teacher))
     shared = backend(*args, kappa, eps, Shard(group, whole, features, by_rows=False))
     rank = dist.get_rank(group)
     before = sum(shares[:rank])
     padding = (before, features - before - shares[rank])
-    losses, e, off = _Sum.apply(F.pad(torch.stack(shared), padding), group)
-    return losses, e.detach(), off.detach()
+    losses, d, off = _Sum.apply(F.pad(torch.stack(shared), padding), group)
+    return losses, d.detach(), off.detach()
 
 
 @_disable_dynamo
@@ -224,19 +212,6 @@ class _Sum(torch.autograd.Function):
         x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(x, group=group)
         return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(grad, ctx.group), None
-
-
-class _SumGradients(torch.autograd.Function):
-    """What every process has computed alike; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: "ProcessGroup") -> Tensor:
-        ctx.group = group
-        return x.clone()  # and not a view, which could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

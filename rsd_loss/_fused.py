@@ -45,8 +45,8 @@ def feature_losses(
         return out
     # The value alone takes 2 B D^2 operations or 4 B^2 D.
     tall = student.shape[1] <= 2 * student.shape[0] if shard is None else shard.by_rows
-    losses, e, off = (_tall if tall else _wide)(student, teacher, kappa, eps, shard)
-    return losses, e, off
+    losses, d, off = (_tall if tall else _wide)(student, teacher, kappa, eps, shard)
+    return losses, d, off
 
 
 class _FeatureLosses(torch.autograd.Function):
@@ -59,34 +59,36 @@ class _FeatureLosses(torch.autograd.Function):
         # With a gradient it takes 4 B D^2 operations or 4 B^2 D.
         ctx.tall = student.shape[1] <= student.shape[0] if shard is None else shard.by_rows
         ctx.settings = kappa, eps, shard
-        wanted = ctx.tall or ctx.needs_input_grad[0]
-        losses, e, off, *saved = (_tall if ctx.tall else _wide)(student, teacher, kappa, eps, shard, gradient=wanted)
-        saved = [student, *saved]
+        forward, wanted = (_tall, True) if ctx.tall else (_wide, ctx.needs_input_grad[0])
+        losses, d, off, *saved = forward(student, teacher, kappa, eps, shard, gradient=wanted)
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # spares two launches that fill zeros; the compiler drops them unasked
             teacher = teacher.clone() if teacher.is_inference() else teacher  # which could not be saved
-        if ctx.tall or ctx.needs_input_grad[1]:
-            saved = [*saved, e, teacher]
-        ctx.mark_non_differentiable(e, off)
-        ctx.save_for_backward(*saved)
-        return losses, e, off
+        ctx.mark_non_differentiable(d, off)
+        ctx.save_for_backward(student, teacher if ctx.tall or ctx.needs_input_grad[1] else student, *saved)
+        return losses, d, off
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if u is None:
             return None, None, None, None, None
-        saved = ctx.saved_tensors  # once: activation checkpointing hands each out a single time
+        student, teacher, *saved = ctx.saved_tensors  # once: activation checkpointing hands each out a single time
+        grads: list[Tensor | None] = [None, None]
         # The autocast of the forward is in the saved dtypes; that around backward(), if any, must change nothing.
         device = u.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
-            grads = (_tall_gradients if ctx.tall else _wide_gradients)(ctx, u, *saved)
-        return *once_differentiable(grads, u, *saved), None, None, None
+            if ctx.needs_input_grad[0]:
+                grad = _tall_gradient(ctx, u, student, teacher, *saved) if ctx.tall else saved[0] * u
+                grads[0] = grad.to(student.dtype)
+            if ctx.needs_input_grad[1]:
+                grads[1] = _teacher_gradient(ctx, u, student, teacher, *saved).to(teacher.dtype)
+        return *once_differentiable(grads, u, student, teacher), None, None, None
 
 
 def _wide(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None, gradient: bool = False
 ) -> tuple[Tensor, ...]:
-    """The losses, e and off; then, if wanted, the student's gradient for an upstream of ones."""
+    """The losses, P_jj and off; then, if wanted, the student's gradient for an upstream of ones."""
     dtype = product_dtype(student, teacher)
     z_s, z_t, _, norm, scale = _standardise(student, teacher, eps, shard)
     left = z_t.to(dtype)
@@ -97,91 +99,71 @@ def _wide(
     penalty = kappa * off
     losses = torch.addcmul(penalty, e, e)
     if not gradient:
-        return losses, e, off
+        return losses, d, off
     m = r.mul_(2 * kappa).addcmul_(z_t, e, value=2)
-    if dtype == m.dtype:
-        pull = torch.addcmul(penalty, e, d)
-    else:  # two large terms of a row far out cancel only if the second is taken from the first as it was rounded
-        pull = (m * z_s).sum(dim=0) / 2
-    return losses, e, off, m.mul_(scale[0]).addcmul_(z_s, pull / norm[0], value=-2)
-
-
-def _wide_gradients(ctx: Any, u: Tensor, student: Tensor, *saved: Tensor) -> list[Tensor | None]:
-    kappa, eps, shard = ctx.settings
-    grads: list[Tensor | None] = [None, None]
-    if ctx.needs_input_grad[0]:
-        grads[0] = (saved[0] * u).to(student.dtype)
-    if ctx.needs_input_grad[1]:
-        e, teacher = saved[-2:]
-        z_s, z_t, _, norm, scale = _standardise(student, teacher, eps, shard)
-        inner = sum_over_features(torch.mm(z_s * u, z_s.T), shard)
-        m = 2 * kappa * torch.mm(inner, z_t) + z_s * (2 * u * (e - kappa * (e + 1)))
-        grads[1] = _through_standardisation(m, z_t, norm[1], scale[1], shard).to(teacher.dtype)
-    return grads
+    # In half precision two large terms of a row far out cancel only if the second is taken from the first as rounded.
+    pull = torch.addcmul(penalty, e, d) if dtype == m.dtype else (m * z_s).sum(dim=0) / 2
+    return losses, d, off, m.mul_(scale[0]).addcmul_(z_s, pull / norm[0], value=-2)
 
 
 def _tall(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None, gradient: bool = False
 ) -> tuple[Tensor, ...]:
-    """The losses, e and off; then, if wanted, A and what it is applied with."""
+    """The losses, P_jj and off; then, if wanted, A and what it is applied with."""
     dtype, rows = product_dtype(student, teacher), student.shape[0] if shard is None else shard.rows
-    shift = []
-    if _in_blocks(student, dtype, rows):
+    # By the rows of all processes, of which each must do the same. Centred columns need not suit the range of float16.
+    if blocks := student.device.type == "cpu" and rows > _BLOCK_ROWS // 2 and dtype != torch.float16:
         moments = _moments_op if torch.compiler.is_compiling() else _moments
-        *shift, sums, squares, p = moments(student, teacher, dtype)
+        shift, sums, squares, p = moments(student, teacher, dtype)
         mean = sums / student.shape[0]
         squares = torch.addcmul(squares, sums, mean, value=-1)
         p.addr_(sums[1], mean[0], alpha=-1)
         if shard is not None:
-            own_mean = shift[0].double() + mean
-            apart, squares, p = merge_over_processes(shard, student.shape[0], own_mean, squares, p)
+            apart, squares, p = merge_over_processes(shard, student.shape[0], shift.double() + mean, squares, p)
             mean = mean - apart
         norm, scale = _norm_and_scale(squares, rows, eps)
         p.mul_(scale[1].unsqueeze(1)).mul_(scale[0])
+        about = torch.stack([shift, mean])
     else:
         z_s, z_t, means, norm, scale = _standardise(student, teacher, eps, shard)
         p = sum_over_rows(torch.mm(z_t.to(dtype).T, z_s.to(dtype)).to(norm.dtype), shard)
-        mean = torch.stack(means)
-    d = p.diagonal()
+        about = torch.stack(means)
+    d = p.diagonal().clone()
     e, off = d - 1, torch.addcmul(p.square().sum(dim=0), d, d, value=-1)
     penalty = kappa * off
     losses = torch.addcmul(penalty, e, e)
     if not gradient:
-        return losses, e, off
+        return losses, d, off
     a = kappa * p
     a.diagonal().copy_(e)
-    if shift:  # A is then for centred columns rather than standardised ones
+    if blocks:  # what follows is of centred columns then
         a.mul_(scale[1].unsqueeze(1))
-    return losses, e, off, a.to(dtype), mean, norm, scale, torch.addcmul(penalty, e, d) / norm[0], *shift
+    return losses, d, off, a.to(dtype), about, norm, scale, torch.addcmul(penalty, e, d) / norm[0]
 
 
-def _tall_gradients(ctx: Any, u: Tensor, student: Tensor, a: Tensor, *saved: Tensor) -> list[Tensor | None]:
-    mean, norm, scale, pull, *shift, _, teacher = saved
+def _tall_gradient(ctx: Any, u: Tensor, student: Tensor, teacher: Tensor, *saved: Tensor) -> Tensor:
+    a, about, norm, scale, pull = saved
     shard, half, u = ctx.settings[2], a.dtype != u.dtype, 2 * u
-    ur = u * scale[0]
-    grads: list[Tensor | None] = [None, None]
-    if shift:
+    if about.ndim == 3:  # in blocks
         apply = _apply_op if torch.compiler.is_compiling() else partial(_apply, shard=shard)
-        if ctx.needs_input_grad[0]:
-            grads[0] = apply(student, teacher, shift[0], mean, a, ur, scale[0] / norm[0] if half else pull, half)
-        if ctx.needs_input_grad[1]:  # the roles swap, and u stands inside the product
-            swapped = teacher, student, shift[0].flip(0), mean.flip(0), (a * ur).T
-            grads[1] = apply(*swapped, torch.ones_like(u), scale[1] / norm[1], True)
-        return grads
-    z_s, z_t = (
-        _standardised(x, *of_x) for x, of_x in zip((student, teacher), zip(mean, scale, strict=True), strict=True)
-    )
-    if ctx.needs_input_grad[0]:
-        m = torch.mm(z_t.to(a.dtype), a)
-        if half:
-            grad = _through_standardisation(m * u, z_s, norm[0], scale[0], shard)
-        else:
-            grad = (m * ur).addcmul_(z_s, u * pull, value=-1)
-        grads[0] = grad.to(student.dtype)
-    if ctx.needs_input_grad[1]:
-        m = torch.mm(z_s, (a * u).T)
-        grads[1] = _through_standardisation(m, z_t, norm[1], scale[1], shard).to(teacher.dtype)
-    return grads
+        grad: Tensor = apply(student, teacher, about, a, u * scale[0], scale[0] / norm[0] if half else pull, half)
+        return grad
+    z_s, z_t = ((x.to(u.dtype) - x[0]).sub_(about[i]).mul_(scale[i]) for i, x in enumerate((student, teacher)))
+    m = torch.mm(z_t.to(a.dtype), a) * u
+    return _through_standardisation(m, z_s, norm[0], scale[0], shard, None if half else u * pull)
+
+
+def _teacher_gradient(ctx: Any, u: Tensor, student: Tensor, teacher: Tensor, *saved: Tensor) -> Tensor:
+    """The rare case: the roles swap, and u stands inside the product."""
+    kappa, eps, shard = ctx.settings
+    z_s, z_t, _, norm, scale = _standardise(student, teacher, eps, shard)
+    if ctx.tall:
+        a, about, *_ = saved
+        m = torch.mm(z_s, (a / scale[1].unsqueeze(1) if about.ndim == 3 else a).mul(2 * u).T)
+    else:
+        inner = sum_over_features(torch.mm(z_s * u, z_s.T), shard)
+        m = 2 * kappa * torch.mm(inner, z_t) + z_s * (2 * u * ((1 - kappa) * (z_t * z_s).sum(dim=0) - 1))
+    return _through_standardisation(m, z_t, norm[1], scale[1], shard)
 
 
 def _standardise(
@@ -206,31 +188,24 @@ def _standardise(
     return z[0].mul_(scale[0]), z[1].mul_(scale[1]), means, norm, scale
 
 
-def _standardised(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Z once more, from what it took."""
-    x = x.to(mean.dtype)
-    return (x - x[0]).sub_(mean).mul_(scale)
-
-
 def _norm_and_scale(squares: Tensor, rows: int, eps: float) -> tuple[Tensor, Tensor]:
     """The norms n and r = 1 / (n + eps sqrt(B)). Of a dead column, which is 0, n may be anything else."""
     norm = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
     return norm, (norm + eps * rows**0.5).reciprocal()
 
 
-def _through_standardisation(m: Tensor, z: Tensor, norm: Tensor, scale: Tensor, shard: Shard | None) -> Tensor:
-    """dL/dX from M = dL/dZ."""
-    return m * scale - z * (sum_over_rows((m * z).sum(dim=0), shard) / norm)
+def _through_standardisation(
+    m: Tensor, z: Tensor, norm: Tensor, scale: Tensor, shard: Shard | None, pull: Tensor | None = None
+) -> Tensor:
+    """The gradient dL/dX from M = dL/dZ; pull is colsum(M o Z) / n where it is not known."""
+    if pull is None:
+        pull = sum_over_rows((m * z).sum(dim=0), shard) / norm
+    return (m * scale).addcmul_(z, pull, value=-1)
 
 
-def _in_blocks(x: Tensor, dtype: torch.dtype, rows: int) -> bool:
-    # By the rows of the whole batch, as processes must not decide each by its own. Products of centred columns need not
-    # be in the range of float16.
-    return x.device.type == "cpu" and rows > _BLOCK_ROWS // 2 and dtype != torch.float16
-
-
-def _blocks(x: Tensor) -> tuple[Tensor, ...]:
-    return x.split(min(_BLOCK_ROWS, x.shape[0] // 2 + 1))
+def _blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    size = min(_BLOCK_ROWS, tensors[0].shape[0] // 2 + 1)
+    return list(zip(*(torch.split(x, size) for x in tensors), strict=True))
 
 
 def _moments(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -245,7 +220,7 @@ def _moments(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tens
     for side, x in enumerate((student, teacher)):
         some = x[:: 1 + rows // 64].to(full)
         torch.add(some[0], (some - some[0]).mean(dim=0), out=shift[side])
-    for block in zip(_blocks(student), _blocks(teacher), strict=True):
+    for block in _blocks(student, teacher):
         centred: list[Tensor] = []
         for side, x in enumerate(block):
             c = x.to(full) - shift[side]
@@ -262,24 +237,24 @@ def _moments(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tens
 def _apply(
     x: Tensor,
     y: Tensor,
-    shift: Tensor,
-    mean: Tensor,
+    about: Tensor,
     a: Tensor,
     scale: Tensor,
     pull: Tensor,
     measured: bool,
     shard: Shard | None = None,
 ) -> Tensor:
-    """The gradient scale o (Cy a - pull o Cx), with C = X - shift - mean; if measured, pull times colsum(Cy a o Cx).
+    """The gradient scale o (Cy a - pull o Cx), C = X - shift - mean; if measured, pull is times colsum(Cy a o Cx).
 
-    Half precision measures, and keeps the product as it was rounded: two large terms of a row far out cancel only if
-    the second is taken from the first as it is.
+    Half precision measures, and from the product as it was rounded: else two large terms of a row far out would not
+    cancel. about is (2, 2, D): the shifts of x and y, then what they leave of the means.
     """
+    shift, mean = about
     full, grad, dot = scale.dtype, torch.empty_like(x), torch.zeros_like(scale)
     from_mean = torch.mv(a.T.to(full), mean[1])  # what Cy a has too much for lack of the mean
     of_c = scale * pull
     constant = torch.addcmul(of_c * mean[0], from_mean, scale, value=-1)
-    blocks = list(zip(_blocks(grad), _blocks(x), _blocks(y), strict=True))
+    blocks = _blocks(grad, x, y)
 
     def finish(g: Tensor, x: Tensor, m: Tensor) -> None:
         m = m.to(full)
@@ -306,17 +281,12 @@ def _apply(
 # A compiler would unroll the blocks and give each its own memory. As operators they run as they stand, in 0.75 of the
 # time of the compiler's own code at 25,088 x 384 and a third of its memory.
 _moments_op = torch.library.custom_op("rsd_loss::moments", _moments, mutates_args=())
-_APPLY = "(Tensor x, Tensor y, Tensor shift, Tensor mean, Tensor a, Tensor scale, Tensor pull, bool measured) -> Tensor"
+_APPLY = "(Tensor x, Tensor y, Tensor about, Tensor a, Tensor scale, Tensor pull, bool measured) -> Tensor"
 _apply_op = torch.library.custom_op("rsd_loss::apply", _apply, mutates_args=(), schema=_APPLY)
+_apply_op.register_fake(lambda x, *_: torch.empty_like(x))
 
 
 @_moments_op.register_fake
-def _(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     full, features = statistics_dtype(student, teacher), student.shape[1]
-    shift, sums, squares, p = (student.new_empty(n, features, dtype=full) for n in (2, 2, 2, features))
-    return shift, sums, squares, p
-
-
-@_apply_op.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+    return tuple(student.new_empty(n, features, dtype=full) for n in (2, 2, 2, features))

@@ -6,11 +6,11 @@ scale = sqrt(min(1, B / D)) does the same for the (B, B) Gram matrix, whose trac
 1 / scale^2 = max(1, D / B), and M the product of three stored matrices,
 
     M = Zt Zt' Zs = (Zt Zt') Zs  [wide]  = Zt (Zt' Zs)  [tall]
-    d = grow colsum(Zt o Zs)      q = grow^2 colsum(M o Zs) = grow^2 colsum(P o P)      e = d - 1      off = q - d^2
+    d = grow colsum(Zt o Zs)      q = grow^2 colsum(M o Zs) = grow^2 colsum(P o P)      off = q - d^2
     dL/dXs = 2 u / scale o [ (kappa grow M + (e - kappa d) o Zt) / (n + eps sqrt(B)) - (kappa off + e d) o Zs / n ]
 
-where u is the gradient of the caller's scalar in the D losses. One launch each: [moments,] standardise, two products,
-columns (e, off and the losses) and gradient; the caller's sum is the seventh at most.
+where e = d - 1 and u is the gradient of the caller's scalar in the D losses. One launch each: [moments,] standardise,
+two products, columns (d, off and the losses) and gradient; the caller's sum is the seventh at most.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsd_loss._common import autocasts, merge_moments, once_differentiable, product_dtype
+from rsd_loss._common import autocasts, once_differentiable, product_dtype
 from rsd_loss._distributed import Shard, merge_over_processes, sum_over_features, sum_over_rows
 
 try:
@@ -55,20 +55,10 @@ def unavailable(*embeddings: Tensor) -> str | None:
 def feature_losses(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``rsd_loss.reference.feature_losses``, in float32.
+    """Same contract as reference.feature_losses, in float32.
 
-    Keeps until backward the embeddings and, in the dtype of the products (that of autocast, else of the embeddings),
-    both standardised and P, or M if D exceeds B.
-
-    Args:
-        student: (B, D) embeddings of any strides; float16, bfloat16 or float32; B >= 2 and D >= 1.
-        teacher: (B, D) embeddings on the same device; its gradient is computed only if it requires grad.
-        kappa: Weight of the decorrelation term.
-        eps: Added to the standard deviation.
-        shard: What these embeddings are of the batch of all processes, if they are not all of it.
-
-    Returns:
-        Three (D,) float32 tensors; only the first is differentiable, once.
+    Keeps until backward, in the dtype of the products (that of autocast, else of the embeddings), both standardised
+    embeddings and P, or M if D exceeds B.
     """
     batch, features = student.shape
     student_grad = torch.is_grad_enabled() and student.requires_grad
@@ -91,21 +81,21 @@ class _FeatureLosses(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, kappa: float, eps: float, tall: bool, shard: Shard | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        losses, e, off, z, stats, product = _forward(student, teacher, kappa, eps, tall, shard)
+        losses, d, off, z, stats, product = _forward(student, teacher, kappa, eps, tall, shard)
         if not torch.compiler.is_compiling():  # spares two launches that fill zeros; the compiler drops them unasked
             ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(e, off)
+        ctx.mark_non_differentiable(d, off)
         # An embedding without a gradient may come from torch.inference_mode, and could not be saved.
         inputs = [x for x, wanted in zip((student, teacher), ctx.needs_input_grad, strict=False) if wanted]
-        ctx.save_for_backward(e, off, z, stats, product, *inputs)
+        ctx.save_for_backward(d, off, z, stats, product, *inputs)
         ctx.kappa, ctx.tall, ctx.shard, ctx.dtypes = kappa, tall, shard, (student.dtype, teacher.dtype)
-        return losses, e, off
+        return losses, d, off
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None, None, None
-        e, off, z, stats, product, *inputs = ctx.saved_tensors
+        d, off, z, stats, product, *inputs = ctx.saved_tensors
         grads: list[Tensor | None] = [None, None]
         # The products keep the dtype that forward gave them, whatever autocast is around backward().
         device = z.device.type
@@ -119,11 +109,10 @@ class _FeatureLosses(torch.autograd.Function):
                 stride = 1 if torch.compiler.is_compiling() else u.stride(0)
                 sizes = (batch, features, *_whole(z, ctx.shard))
                 grid = (-(-batch // _BLOCK_R) * -(-features // _BLOCK_C),)
-                args = (u, stride, m, e, off, z, stats, grads[0], *sizes, ctx.kappa)
+                args = (u, stride, m, d, off, z, stats, grads[0], *sizes, ctx.kappa)
                 _gradient[grid](*args, block_r=_BLOCK_R, block_c=_BLOCK_C)
             if ctx.needs_input_grad[1]:
-                args = (upstream, product, e, z, stats, ctx.kappa, ctx.tall, ctx.shard)
-                grads[1] = _teacher_gradient(*args).to(ctx.dtypes[1])
+                grads[1] = _teacher_gradient(ctx, upstream, d, z, stats, product).to(ctx.dtypes[1])
         return *once_differentiable(grads, upstream, *inputs), None, None, None, None
 
 
@@ -135,30 +124,26 @@ def _whole(z: Tensor, shard: Shard | None) -> tuple[int, int]:
 def _forward(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, tall: bool, shard: Shard | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The losses, e and off; then what the gradients need: both z, their column factors, and P (tall) or M (wide)."""
+    """The losses, d and off; then what the gradients need: both z, their column factors, and P (tall) or M (wide)."""
     (batch, features), device = student.shape, student.device
-    chunk = -(-batch // (min(_PARTS, -(-batch // _ROWS)) * _BLOCK_R)) * _BLOCK_R
+    by_rows = shard is not None and shard.by_rows
+    most = 1 if by_rows else min(_PARTS, -(-batch // _ROWS))
+    chunk = -(-batch // (most * _BLOCK_R)) * _BLOCK_R
     parts = -(-batch // chunk)
     grid = (-(-features // _BLOCK_C), parts, 2)
     blocks = {"block_r": _BLOCK_R, "block_c": _BLOCK_C}
     inputs = (student, teacher, *student.stride(), *teacher.stride())
     z = torch.empty((2, batch, features), dtype=product_dtype(student, teacher), device=device)
     stats = torch.empty((2, 2, features), dtype=torch.float32, device=device)
-    by_rows = shard is not None and shard.by_rows
     separate = parts > 1 or by_rows
     moments = torch.empty((2, parts, 2, features), dtype=torch.float32, device=device) if separate else stats
     if separate:
         _moments[grid](*inputs, moments, batch, features, chunk, **blocks)
     if shard is not None and by_rows:
-        counts = torch.full((parts, 1), chunk, device=device)
-        counts[-1] = batch - (parts - 1) * chunk
-        means, squares = moments.unbind(dim=2)
-        apart, squares = merge_moments(counts, means, squares, lambda x: x.sum(dim=1, keepdim=True), batch)
-        mean = means[:, 0] - apart[:, 0]
-        own = torch.stack((student[0].double(), teacher[0].double())) + mean
-        apart, squares, _ = merge_over_processes(shard, batch, own, squares.sum(dim=1))
-        # Every part is given the mean of all and its share of the squares, so that the kernel finds the same in them.
-        moments.copy_(torch.stack((mean - apart, squares / parts), dim=1).unsqueeze(1))
+        means, squares = moments[:, 0].unbind(dim=1)
+        own = torch.stack((student[0].double(), teacher[0].double())) + means
+        apart, squares, _ = merge_over_processes(shard, batch, own, squares)
+        moments.copy_(torch.stack((means - apart, squares), dim=1).unsqueeze(1))
     whole = _whole(z, shard)
     max_parts = _PARTS if separate else 0
     _standardise[grid](*inputs, moments, z, stats, batch, features, *whole, chunk, eps, max_parts=max_parts, **blocks)
@@ -167,23 +152,14 @@ def _forward(
     else:
         product = torch.mm(sum_over_features(torch.mm(z[1], z[1].T), shard).to(z.dtype), z[0])
     losses = torch.empty(features, dtype=torch.float32, device=device)
-    e, off = torch.empty_like(losses), torch.empty_like(losses)
-    _columns[grid[:1]](product, z, losses, e, off, batch, features, *whole, kappa, tall=tall, **blocks)
-    return losses, e, off, z, stats, product
+    d, off = torch.empty_like(losses), torch.empty_like(losses)
+    _columns[grid[:1]](product, z, losses, d, off, batch, features, *whole, kappa, tall=tall, **blocks)
+    return losses, d, off, z, stats, product
 
 
-def _teacher_gradient(
-    upstream: Tensor,
-    product: Tensor,
-    e: Tensor,
-    z: Tensor,
-    stats: Tensor,
-    kappa: float,
-    tall: bool,
-    shard: Shard | None,
-) -> Tensor:
+def _teacher_gradient(ctx: Any, upstream: Tensor, d: Tensor, z: Tensor, stats: Tensor, product: Tensor) -> Tensor:
     """The rare case, in torch: the roles swap (P -> P'), and the upstream gradient stands inside the product."""
-    z_s, z_t = z
+    (z_s, z_t), kappa, tall, shard = z, ctx.kappa, ctx.tall, ctx.shard
     batch, features = _whole(z, shard)
     grow = max(1.0, features / batch)
     # Inside a half-precision product u must be O(1); its size, a GradScaler's 65536 say, comes back in float32.
@@ -191,7 +167,7 @@ def _teacher_gradient(
     u = upstream / size
     inner = (product * u).T if tall else sum_over_features(torch.mm((z_s * u).to(z.dtype), z_s.T), shard)
     m = torch.mm(z_s, inner.to(z.dtype)) if tall else torch.mm(inner, z_t)
-    along = 2 * kappa * grow * m.float() + (2 * u * (e - kappa * (e + 1))) * z_s
+    along = 2 * kappa * grow * m.float() + (2 * u * ((1 - kappa) * d - 1)) * z_s
     through_norm = grow * sum_over_rows((along * z_t).sum(dim=0), shard)
     grad: Tensor = size * (stats[1, 0] * along - (stats[1, 1] * through_norm) * z_t)
     return grad
@@ -312,10 +288,10 @@ def _standardise(  # type: ignore[no-untyped-def]
 
 @_jit
 def _columns(  # type: ignore[no-untyped-def]
-    product_ptr, z_ptr, losses_ptr, e_ptr, off_ptr, batch, features, all_rows, all_features, kappa,
+    product_ptr, z_ptr, losses_ptr, d_ptr, off_ptr, batch, features, all_rows, all_features, kappa,
     tall: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    """The column sums e and off, over P (tall) or over M and both z (wide), and the losses."""
+    """The column sums d and off, over P (tall) or over M and both z (wide), and the losses."""
     cols = tl.program_id(0) * block_c + tl.arange(0, block_c)
     col_mask = cols < features
     d_sum = tl.zeros([block_r, block_c], dtype=tl.float32)
@@ -340,13 +316,13 @@ def _columns(  # type: ignore[no-untyped-def]
     d = grow * tl.sum(d_sum, axis=0)
     q = grow * grow * tl.sum(q_sum, axis=0)
     tl.store(losses_ptr + cols, (d - 1) * (d - 1) + kappa * (q - d * d), mask=col_mask)
-    tl.store(e_ptr + cols, d - 1, mask=col_mask)
+    tl.store(d_ptr + cols, d, mask=col_mask)
     tl.store(off_ptr + cols, q - d * d, mask=col_mask)
 
 
 @_jit
 def _gradient(  # type: ignore[no-untyped-def]
-    upstream_ptr, upstream_stride, m_ptr, e_ptr, off_ptr, z_ptr, stats_ptr, grad_ptr, batch, features,
+    upstream_ptr, upstream_stride, m_ptr, d_ptr, off_ptr, z_ptr, stats_ptr, grad_ptr, batch, features,
     all_rows, all_features, kappa, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     """The student's gradient, one tile: all in float32 until the last store, so u = 65536 meets no half."""
@@ -355,13 +331,13 @@ def _gradient(  # type: ignore[no-untyped-def]
     rows = tl.program_id(0) // column_blocks * block_r + tl.arange(0, block_r)
     col_mask = cols < features
     u = tl.load(upstream_ptr + cols.to(tl.int64) * upstream_stride, mask=col_mask, other=0.0).to(tl.float32)
-    e = tl.load(e_ptr + cols, mask=col_mask, other=0.0)
+    d = tl.load(d_ptr + cols, mask=col_mask, other=0.0)
     off = tl.load(off_ptr + cols, mask=col_mask, other=0.0)
     across = tl.load(stats_ptr + cols, mask=col_mask, other=0.0)
     along = tl.load(stats_ptr + features + cols, mask=col_mask, other=0.0)
-    w = e - kappa * (e + 1.0)
+    w = (1.0 - kappa) * d - 1.0
     of_m = 2.0 * kappa * tl.maximum(1.0, all_features / all_rows)
-    of_s = 2.0 * (kappa * off + e * (e + 1.0)) * along
+    of_s = 2.0 * (kappa * off + (d - 1.0) * d) * along
     inside = (rows < batch)[:, None] & col_mask[None, :]
     at = rows[:, None].to(tl.int64) * features + cols[None, :]
     m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)

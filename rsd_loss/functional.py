@@ -1,7 +1,7 @@
 """The loss and the matrix it is made of: signatures, documentation, and the choice of a backend."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
 
 from torch import Tensor
 
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
 Reduction = Literal["sum", "mean", "none"]
 Implementation = Literal["auto", "fused", "triton", "reference"]
-
-_REDUCTIONS = ("sum", "mean", "none")
-_IMPLEMENTATIONS = ("auto", "fused", "triton", "reference")
 
 
 class RSDTerms(NamedTuple):
@@ -132,14 +129,14 @@ def rsd_loss(
 
     if gather_distributed:
         facts = {"implementation": implementation, "reduction": reduction}
-        losses, e, off = _distributed.gathered_losses(choose, student, teacher, kappa, eps, facts, process_group)
+        losses, d, off = _distributed.gathered_losses(choose, student, teacher, kappa, eps, facts, process_group)
     else:
-        losses, e, off = choose(2)(student, teacher, float(kappa), float(eps))
+        losses, d, off = choose(2)(student, teacher, float(kappa), float(eps))
     loss = _reduce(losses, reduction)
     if not return_terms:
         return loss
     over_features: Reduction = "mean" if reduction == "mean" else "sum"
-    return loss, RSDTerms(_reduce(e.square(), over_features), _reduce(off, over_features))
+    return loss, RSDTerms(_reduce((d - 1).square(), over_features), _reduce(off, over_features))
 
 
 def cross_correlation(
@@ -193,18 +190,18 @@ def check_settings(
     _check_gather(gather_distributed, process_group)
     check_number("kappa", kappa)
     check_number("eps", eps)
-    for name, value, known in (
-        ("reduction", reduction, _REDUCTIONS),
-        ("implementation", implementation, _IMPLEMENTATIONS),
+    for name, value, names in (
+        ("reduction", reduction, Reduction),
+        ("implementation", implementation, Implementation),
     ):
-        if value not in known:
+        if value not in (known := get_args(names)):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def _backend(
     implementation: Implementation, student: Tensor, teacher: Tensor
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """(student, teacher, kappa, eps, shard=None) to (D,) losses, P_jj - 1 and sum_{i != j} P_ij^2."""
+    """(student, teacher, kappa, eps, shard=None) to (D,) losses, P_jj and sum_{i != j} P_ij^2."""
     reason = needs_reference(student, teacher)
     if implementation == "reference" or (implementation == "auto" and reason):
         return reference.feature_losses

@@ -39,12 +39,12 @@ def cross_correlation(student: Tensor, teacher: Tensor, eps: float, shard: Shard
 def feature_losses(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per student feature j: e_j^2 + kappa off_j, then e_j = P_jj - 1 and off_j = sum_{i != j} P_ij^2.
+    """Per student feature j the loss (P_jj - 1)^2 + kappa sum_{i != j} P_ij^2, then P_jj and sum_{i != j} P_ij^2.
 
     All are (D,), in at least float32, and only the first carries a gradient.
     """
     p = cross_correlation(student, teacher, eps, shard)
     p = p.to(statistics_dtype(p, p))
-    e = p.diagonal() - 1
-    off = p.square().sum(dim=0) - p.diagonal().square()
-    return e.square() + kappa * off, e.detach(), off.detach()
+    d = p.diagonal()
+    off = p.square().sum(dim=0) - d.square()
+    return (d - 1).square() + kappa * off, d.detach(), off.detach()
