@@ -138,11 +138,11 @@ def _group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None
             f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}: "
             "take it from torch.distributed.new_group, or from a device mesh with mesh.get_group()"
         )
-    if process_group is not None and process_group not in dist.distributed_c10d._world.pg_map:
-        raise ValueError(
-            "process_group is of a torch.distributed that was shut down since: pass a group of the present one"
-        )
     group = dist.group.WORLD if process_group is None else process_group
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError as error:
+        raise ValueError("process_group was destroyed since it was made: pass one of the present") from error
     return group if dist.get_world_size(group) > 1 else None
 
 

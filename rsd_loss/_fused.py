@@ -1,13 +1,12 @@
 """The loss and its gradient through the smaller of two products, in plain torch: moments, small product, apply.
 
-With Z the centred columns over their norm n plus eps sqrt(B), r = 1 / (n + eps sqrt(B)) and P = Zt' Zs, the loss of
-student feature j is
+With Z the centred columns over their norm n plus eps sqrt(B), r = 1 / (n + eps sqrt(B)) and P = Zt' Zs,
 
     loss_j = e_j^2 + kappa off_j,    e_j = P_jj - 1,    off_j = sum_{i != j} P_ij^2
 
 Both vectors, and M = dL/dZs, follow from Zt Zt' Zs, which can be multiplied in either order:
 
-    wide, B < D:   K = Zt Zt' (B, B),  R = K Zs - P_jj o Zt,  off = colsum(R o Zs),         M = 2 kappa R + 2 e o Zt
+    wide, B < D:   K = Zt Zt' (B, B),  R = K Zs - P_jj o Zt,  off = colsum(R o Zs),          M = 2 kappa R + 2 e o Zt
     tall, D <= B:  P = Zt' Zs (D, D),                         off = colsum(P o P) - P_jj^2,  M = 2 Zt A
                                                               with A = kappa P off the diagonal and e on it
 
@@ -15,10 +14,8 @@ and through the standardisation, with u the upstream gradient of the losses,
 
     dL/dXs = u o (r o M - pull o Zs),    pull = colsum(M o Zs) / n = 2 (kappa off + e P_jj) / n
 
-Centred columns sum to zero, so nothing flows through the mean. The teacher's gradient is the same with the roles
-swapped, but that u stands inside the product.
-
-Statistics and vectors are float32 (float64 for float64 input), products in the dtype of the input or of autocast.
+Centred columns sum to zero, so nothing flows through the mean. For the teacher the roles swap, and u stands inside the
+product. Statistics and vectors are float32 or better, products in the dtype of the input or of autocast.
 """
 
 from contextlib import nullcontext
@@ -40,12 +37,11 @@ def feature_losses(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as reference.feature_losses."""
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        out: tuple[Tensor, Tensor, Tensor] = _FeatureLosses.apply(student, teacher, kappa, eps, shard)
-        return out
     # The value alone takes 2 B D^2 operations or 4 B^2 D.
     tall = student.shape[1] <= 2 * student.shape[0] if shard is None else shard.by_rows
-    losses, d, off = (_tall if tall else _wide)(student, teacher, kappa, eps, shard)
+    gradient = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
+    function = _FeatureLosses.apply if gradient else _tall if tall else _wide
+    losses, d, off = function(student, teacher, kappa, eps, shard)
     return losses, d, off
 
 

@@ -56,19 +56,6 @@ def rsd_loss(
     implementation: Implementation = ...,
     return_terms: Literal[True],
 ) -> tuple[Tensor, RSDTerms]: ...
-@overload
-def rsd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    kappa: float = ...,
-    eps: float = ...,
-    reduction: Reduction = ...,
-    gather_distributed: bool = ...,
-    process_group: "ProcessGroup | None" = ...,
-    implementation: Implementation = ...,
-    return_terms: bool,
-) -> Tensor | tuple[Tensor, RSDTerms]: ...
 
 
 def rsd_loss(
@@ -125,7 +112,7 @@ def rsd_loss(
     def choose(min_rows: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         check_settings(kappa, eps, reduction, implementation, gather_distributed, process_group)
         check_embeddings(student, teacher, same_width=True, min_rows=min_rows)
-        return _backend(implementation, student, teacher)
+        return _backend(implementation, student, teacher, gather_distributed)
 
     if gather_distributed:
         facts = {"implementation": implementation, "reduction": reduction}
@@ -179,30 +166,24 @@ def cross_correlation(
 
 
 def check_settings(
-    kappa: float,
-    eps: float,
-    reduction: str,
-    implementation: str,
-    gather_distributed: bool,
-    process_group: "ProcessGroup | None",
+    kappa: float, eps: float, reduction: str, implementation: str, gather_distributed: bool, process_group: object
 ) -> None:
     """Raises unless the arguments that RSDLoss shares with rsd_loss are valid."""
     _check_gather(gather_distributed, process_group)
     check_number("kappa", kappa)
     check_number("eps", eps)
-    for name, value, names in (
-        ("reduction", reduction, Reduction),
-        ("implementation", implementation, Implementation),
-    ):
+    for name, value, names in (("reduction", reduction, Reduction), ("implementation", implementation, Implementation)):
         if value not in (known := get_args(names)):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def _backend(
-    implementation: Implementation, student: Tensor, teacher: Tensor
+    implementation: Implementation, student: Tensor, teacher: Tensor, gather_distributed: bool
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """(student, teacher, kappa, eps, shard=None) to (D,) losses, P_jj and sum_{i != j} P_ij^2."""
     reason = needs_reference(student, teacher)
+    if reason and gather_distributed:
+        raise RuntimeError(f"gather_distributed=True cannot run here: {reason}")
     if implementation == "reference" or (implementation == "auto" and reason):
         return reference.feature_losses
     if implementation == "triton":
@@ -210,12 +191,13 @@ def _backend(
 
         reason = reason or _triton.unavailable(student, teacher)
     if reason:
-        raise RuntimeError(f'implementation="{implementation}" cannot run here: {reason}')
+        way_out = "" if implementation == "triton" else ': pass implementation="reference" or "auto"'
+        raise RuntimeError(f'implementation="{implementation}" cannot run here: {reason}{way_out}')
     # "auto" will pick the kernels on CUDA once they have won their benchmark on a real GPU.
     return _triton.feature_losses if implementation == "triton" else _fused.feature_losses
 
 
-def _check_gather(gather_distributed: bool, process_group: "ProcessGroup | None") -> None:
+def _check_gather(gather_distributed: bool, process_group: object) -> None:
     if process_group is not None and not gather_distributed:
         raise ValueError("process_group is given but gather_distributed is False: pass gather_distributed=True with it")
 

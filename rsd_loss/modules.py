@@ -1,6 +1,7 @@
 """The loss and the projector as modules."""
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class RSDLoss(nn.Module):
         eps: Added to the standard deviation, in the units of the embeddings.
         reduction: ``"sum"`` (the paper), ``"mean"`` or ``"none"``.
         gather_distributed: Take the batch to be that of all processes in ``process_group``.
-        process_group: The processes to gather over; the default group if None.
+        process_group: The processes to gather over; the default group if None. A deep copy keeps the group; pickling a
+            module that has one raises, as it exists in its process only: set ``process_group = None`` first.
         implementation: ``"auto"``, ``"fused"``, ``"triton"`` or ``"reference"``.
         return_terms: Return ``(loss, RSDTerms)`` rather than the loss.
 
@@ -40,6 +42,8 @@ class RSDLoss(nn.Module):
         >>> loss = criterion(torch.randn(32, 64, requires_grad=True), torch.randn(32, 64))
         >>> loss.backward()
     """
+
+    _shown = ("kappa", "eps", "reduction", "gather_distributed", "implementation", "return_terms")
 
     def __init__(
         self,
@@ -64,22 +68,23 @@ class RSDLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor | tuple[Tensor, RSDTerms]:
         """(B, D) student and (B, D) teacher embeddings to the loss; see ``rsd_loss``."""
-        return rsd_loss(
-            student,
-            teacher,
-            kappa=self.kappa,
-            eps=self.eps,
-            reduction=self.reduction,
-            gather_distributed=self.gather_distributed,
-            process_group=self.process_group,
-            implementation=self.implementation,
-            return_terms=self.return_terms,
+        settings: dict[str, Any] = {name: getattr(self, name) for name in self._shown}
+        loss: Tensor | tuple[Tensor, RSDTerms] = rsd_loss(
+            student, teacher, process_group=self.process_group, **settings
         )
+        return loss
 
     def extra_repr(self) -> str:
         """The settings, as repr shows them."""
-        shown = ("kappa", "eps", "reduction", "gather_distributed", "implementation", "return_terms")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RSDLoss":
+        """A group cannot be copied; the copy uses the same."""
+        memo[id(self.process_group)] = self.process_group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 class DecouplingProjector(nn.Module):
