@@ -41,7 +41,7 @@ LAYOUTS: dict[str, tuple[frozenset[str], bool]] = {
     "any": (frozenset(), False),
     "one feature": (frozenset({"features", "s_col", "t_col", "upstream_stride"}), False),
 }
-_FLOAT32 = {"moments_ptr", "stats_ptr", "losses_ptr", "d_ptr", "q_ptr", "upstream_ptr"}
+_FLOAT32 = {"moments_ptr", "stats_ptr", "losses_ptr", "d_ptr", "off_ptr", "upstream_ptr"}
 
 
 def compile_kernel(name: str, switches: dict[str, Any], arch: int, dtype: str, layout: str = "aligned") -> Any:

@@ -232,58 +232,47 @@ def _moments(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _standardise_one(  # type: ignore[no-untyped-def]
-    x_ptr, row_stride, col_stride, moments_ptr, z_ptr, stats_ptr, batch, features, all_rows, all_features, chunk, eps,
-    max_parts: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
-):  # fmt: skip
-    cols = tl.program_id(0) * block_c + tl.arange(0, block_c)
-    col_mask = cols < features
-    lo = tl.program_id(1) * chunk
-    hi = tl.minimum(lo + chunk, batch)
-    if max_parts > 0:
-        part = tl.arange(0, max_parts)
-        count = tl.minimum(tl.maximum(batch - part * chunk, 0), chunk)
-        inside = (count > 0)[:, None] & col_mask[None, :]
-        first = moments_ptr + part[:, None].to(tl.int64) * 2 * features + cols[None, :]
-        part_mean = tl.load(first, mask=inside, other=0.0)
-        part_m2 = tl.load(first + features, mask=inside, other=0.0)
-        mean, m2 = _merge(count[:, None].to(tl.float32), part_mean, part_m2)
-    else:
-        mean, m2 = _moments_of(x_ptr, row_stride, col_stride, lo, hi, cols, col_mask, block_r, block_c)
-    norm = tl.sqrt(m2)
-    scale = tl.sqrt(tl.minimum(1.0, all_rows / all_features))
-    inverse = 1.0 / (norm + eps * tl.sqrt(all_rows * 1.0))
-    if tl.program_id(1) == 0:
-        tl.store(stats_ptr + cols, inverse / scale, mask=col_mask)
-        along = 1.0 / (scale * tl.where(norm > 0, norm, float("inf")))
-        tl.store(stats_ptr + features + cols, along, mask=col_mask)
-    for start in range(lo, hi, block_r):
-        rows = start + tl.arange(0, block_r)
-        x = _deviations(x_ptr, row_stride, col_stride, rows, cols, rows < hi, col_mask)
-        z = (x - mean[None, :]) * (scale * inverse)[None, :]
-        at = z_ptr + rows[:, None].to(tl.int64) * features + cols[None, :]
-        tl.store(at, z.to(z_ptr.dtype.element_ty), mask=(rows < hi)[:, None] & col_mask[None, :])
-
-
-@_jit
 def _standardise(  # type: ignore[no-untyped-def]
     student_ptr, teacher_ptr, s_row, s_col, t_row, t_col, moments_ptr, z_ptr, stats_ptr, batch, features,
     all_rows, all_features, chunk, eps, max_parts: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     """Writes z (2, B, D) and stats (2, 2, D) = 1 / (scale (n + eps sqrt(B))) and 1 / (scale n) or 0, student first."""
-    if tl.program_id(2) == 0:
-        _standardise_one(
-            student_ptr, s_row, s_col, moments_ptr, z_ptr, stats_ptr, batch, features,
-            all_rows, all_features, chunk, eps, max_parts, block_r, block_c,
-        )  # fmt: skip
-    else:
-        moments_ptr += tl.num_programs(1).to(tl.int64) * 2 * features
-        z_ptr += batch.to(tl.int64) * features
-        stats_ptr += 2 * features
-        _standardise_one(
-            teacher_ptr, t_row, t_col, moments_ptr, z_ptr, stats_ptr, batch, features,
-            all_rows, all_features, chunk, eps, max_parts, block_r, block_c,
-        )  # fmt: skip
+    side = tl.program_id(2)
+    moments_ptr += side * tl.num_programs(1).to(tl.int64) * 2 * features
+    z_ptr += side * batch.to(tl.int64) * features
+    stats_ptr += side * 2 * features
+    cols = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    col_mask = cols < features
+    lo = tl.program_id(1) * chunk
+    hi = tl.minimum(lo + chunk, batch)
+    for teacher in tl.static_range(2):  # as their dtypes may differ, the compiler must know which it is
+        if side == teacher:
+            x_ptr = teacher_ptr if teacher else student_ptr
+            x_row = t_row if teacher else s_row
+            x_col = t_col if teacher else s_col
+            if max_parts > 0:
+                part = tl.arange(0, max_parts)
+                count = tl.minimum(tl.maximum(batch - part * chunk, 0), chunk)
+                inside = (count > 0)[:, None] & col_mask[None, :]
+                first = moments_ptr + part[:, None].to(tl.int64) * 2 * features + cols[None, :]
+                part_mean = tl.load(first, mask=inside, other=0.0)
+                part_m2 = tl.load(first + features, mask=inside, other=0.0)
+                mean, m2 = _merge(count[:, None].to(tl.float32), part_mean, part_m2)
+            else:
+                mean, m2 = _moments_of(x_ptr, x_row, x_col, lo, hi, cols, col_mask, block_r, block_c)
+            norm = tl.sqrt(m2)
+            scale = tl.sqrt(tl.minimum(1.0, all_rows / all_features))
+            inverse = 1.0 / (norm + eps * tl.sqrt(all_rows * 1.0))
+            if tl.program_id(1) == 0:
+                tl.store(stats_ptr + cols, inverse / scale, mask=col_mask)
+                along = 1.0 / (scale * tl.where(norm > 0, norm, float("inf")))
+                tl.store(stats_ptr + features + cols, along, mask=col_mask)
+            for start in range(lo, hi, block_r):
+                rows = start + tl.arange(0, block_r)
+                x = _deviations(x_ptr, x_row, x_col, rows, cols, rows < hi, col_mask)
+                z = (x - mean[None, :]) * (scale * inverse)[None, :]
+                at = z_ptr + rows[:, None].to(tl.int64) * features + cols[None, :]
+                tl.store(at, z.to(z_ptr.dtype.element_ty), mask=(rows < hi)[:, None] & col_mask[None, :])
 
 
 @_jit
