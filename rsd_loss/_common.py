@@ -60,6 +60,10 @@ def check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False,
             f"student is on {student.device} and teacher on {teacher.device}: "
             "move the teacher's with .to(student.device)"
         )
+    if getattr(student, "placements", None) != getattr(teacher, "placements", None):
+        raise ValueError(
+            "student and teacher must be DTensors with the same placements, or neither one: redistribute the teacher"
+        )
     if same_width and student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"student has {student.shape[1]} features and teacher {teacher.shape[1]}: "

@@ -13,7 +13,7 @@ gradient of the one loss.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -70,56 +70,40 @@ def merge_over_processes(
 # compiler leaves to Python. The decorator does what torch.compiler.disable does, and does not load the compiler when
 # this module is imported.
 @_disable_dynamo
-def gathered_losses(
-    choose: Callable[[int], Callable[..., tuple[Tensor, Tensor, Tensor]]],
+def gathered(
+    choose: Callable[[int], Callable[..., Any]],
     student: Tensor,
     teacher: Tensor,
-    kappa: float,
-    eps: float,
-    facts: Mapping[str, str],
+    numbers: dict[str, float],
+    facts: dict[str, str],
     process_group: "ProcessGroup | None",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.feature_losses`` of the batch of all processes, the same in each.
+) -> Any:
+    """What a backend computes, of the batch of all processes and the same in each.
 
-    ``choose`` checks the arguments, embeddings for a least number of rows, and returns the backend that they are for;
-    ``facts`` are settings by name that must be the same in all processes.
+    ``choose`` checks the arguments, embeddings for a least number of rows, and returns the backend that they are for.
+    ``numbers``, which it takes after the embeddings, and ``facts`` must be the same in all processes.
     """
     group = _group_or_none(process_group)
     if group is None:
-        return choose(2)(student, teacher, float(kappa), float(eps))
-    backend, rows = _agree(choose, student, teacher, {"kappa": kappa, "eps": eps, **facts}, group)
-    kappa, eps, features, whole = float(kappa), float(eps), student.shape[1], sum(rows)
+        return choose(2)(student, teacher, *map(float, numbers.values()))
+    backend, rows = _agree(choose, student, teacher, {**facts, **numbers}, group)
+    features, whole, settings = student.shape[1], sum(rows), [float(x) for x in numbers.values()]
+    by_rows = Shard(group, whole, features, by_rows=True)
     if facts["implementation"] == "reference":  # sums as its equations do, whatever the shape, and so do its gradients
-        return backend(student, teacher, kappa, eps, Shard(group, whole, features, by_rows=True))
+        return backend(student, teacher, *settings, by_rows)
     if features <= whole:
-        losses, d, off = backend(student, teacher, kappa, eps, Shard(group, whole, features, by_rows=True))
-        if losses.requires_grad:  # what every process has computed alike: its gradient is the sum of theirs
-            losses.register_hook(lambda grad: _Sum.apply(grad, group))  # type: ignore[no-untyped-call]
-        return losses, d, off
+        out = backend(student, teacher, *settings, by_rows)
+        if out[0].requires_grad:  # what every process has computed alike: its gradient is the sum of theirs
+            out[0].register_hook(lambda grad: _Sum.apply(grad, group))
+        return out
     shares = [features // len(rows) + (rank < features % len(rows)) for rank in range(len(rows))]
     args = (_Exchange.apply(x, rows, shares, group) for x in (student, teacher))
-    shared = backend(*args, kappa, eps, Shard(group, whole, features, by_rows=False))
+    shared = backend(*args, *settings, by_rows._replace(by_rows=False))
     rank = dist.get_rank(group)
     before = sum(shares[:rank])
     padding = (before, features - before - shares[rank])
     losses, d, off = _Sum.apply(F.pad(torch.stack(shared), padding), group)
     return losses, d.detach(), off.detach()
-
-
-@_disable_dynamo
-def gathered_correlation(
-    choose: Callable[[int], Callable[..., Tensor]],
-    student: Tensor,
-    teacher: Tensor,
-    eps: float,
-    process_group: "ProcessGroup | None",
-) -> Tensor:
-    """The cross-correlation of the batch of all processes; ``choose`` as in ``gathered_losses``."""
-    group = _group_or_none(process_group)
-    if group is None:
-        return choose(2)(student, teacher, float(eps))
-    backend, rows = _agree(choose, student, teacher, {"eps": eps}, group)
-    return backend(student, teacher, float(eps), Shard(group, sum(rows), student.shape[1], by_rows=True))
 
 
 def _group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None":
@@ -160,8 +144,7 @@ def _agree(
     except (TypeError, ValueError, RuntimeError):
         _tell([0], student, group)  # no valid input is without rows
         raise
-    facts = {
-        "the function called": "rsd_loss" if "kappa" in facts else "cross_correlation",
+    facts |= {
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
         "student's width": student.shape[1],
         "teacher's width": teacher.shape[1],
@@ -170,7 +153,6 @@ def _agree(
         "student.requires_grad": student.requires_grad,
         "teacher.requires_grad": teacher.requires_grad,
         "the dtype of the products, which torch.autocast may change,": product_dtype(student, teacher),
-        **facts,
     }
     mine = [zlib.crc32(repr(fact).encode()) for fact in facts.values()]
     rows, *theirs = _tell([student.shape[0], *mine], student, group)

@@ -19,7 +19,6 @@ product. Statistics and vectors are float32 or better, products in the dtype of 
 """
 
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -139,11 +138,12 @@ def _tall(
 
 def _tall_gradient(ctx: Any, u: Tensor, student: Tensor, teacher: Tensor, *saved: Tensor) -> Tensor:
     a, about, norm, scale, pull = saved
+    if about.ndim == 3 and not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(u):
+        return u * _tall_gradient(ctx, torch.ones_like(pull), student, teacher, *saved)  # for is_grads_batched=True
     shard, half, u = ctx.settings[2], a.dtype != u.dtype, 2 * u
     if about.ndim == 3:  # in blocks
-        apply = _apply_op if torch.compiler.is_compiling() else partial(_apply, shard=shard)
-        grad: Tensor = apply(student, teacher, about, a, u * scale[0], scale[0] / norm[0] if half else pull, half)
-        return grad
+        args = student, teacher, about, a, u * scale[0], scale[0] / norm[0] if half else pull, half
+        return _apply_op(*args) if torch.compiler.is_compiling() else _apply(*args, shard)
     z_s, z_t = ((x.to(u.dtype) - x[0]).sub_(about[i]).mul_(scale[i]) for i, x in enumerate((student, teacher)))
     m = torch.mm(z_t.to(a.dtype), a) * u
     return _through_standardisation(m, z_s, norm[0], scale[0], shard, None if half else u * pull)
@@ -162,10 +162,8 @@ def _teacher_gradient(ctx: Any, u: Tensor, student: Tensor, teacher: Tensor, *sa
     return _through_standardisation(m, z_t, norm[1], scale[1], shard)
 
 
-def _standardise(
-    student: Tensor, teacher: Tensor, eps: float, shard: Shard | None
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
-    """Both Z (B, D); of both sides the means less the first row, and (2, D) norms and scales r."""
+def _standardise(student: Tensor, teacher: Tensor, eps: float, shard: Shard | None) -> tuple[Any, ...]:
+    """Both Z (B, D); a list of both means less the first row; both norms and both scales r (2, D)."""
     (rows, features), full = student.shape, statistics_dtype(student, teacher)
     squares, means, z = student.new_empty(2, features, dtype=full), [], []
     for side, x in enumerate((student, teacher)):
@@ -211,11 +209,9 @@ def _moments(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tens
     the mean to cancel; and it is exactly the value of a constant column.
     """
     (rows, features), full = student.shape, statistics_dtype(student, teacher)
-    shift, sums, squares = (student.new_zeros(2, features, dtype=full) for _ in range(3))
-    p = student.new_zeros(features, features, dtype=full)
-    for side, x in enumerate((student, teacher)):
-        some = x[:: 1 + rows // 64].to(full)
-        torch.add(some[0], (some - some[0]).mean(dim=0), out=shift[side])
+    some = [x[:: 1 + rows // 64].to(full) for x in (student, teacher)]
+    shift = torch.stack([x[0] + (x - x[0]).mean(dim=0) for x in some])
+    sums, squares, p = (student.new_zeros(n, features, dtype=full) for n in (2, 2, features))
     for block in _blocks(student, teacher):
         centred: list[Tensor] = []
         for side, x in enumerate(block):
@@ -254,9 +250,8 @@ def _apply(
 
     def finish(g: Tensor, x: Tensor, m: Tensor) -> None:
         m = m.to(full)
-        torch.addcmul(constant, m, scale, out=m).addcmul_(x.to(full) - shift[0], of_c, value=-1)
-        if g.dtype != full:
-            g.copy_(m)
+        m = torch.addcmul(constant, m, scale, out=m).addcmul_(x.to(full) - shift[0], of_c, value=-1)
+        g.copy_(m)  # which does nothing where they are one
 
     for g, x_rows, y_rows in blocks:
         out = g if g.dtype == a.dtype else None
@@ -280,9 +275,6 @@ _moments_op = torch.library.custom_op("rsd_loss::moments", _moments, mutates_arg
 _APPLY = "(Tensor x, Tensor y, Tensor about, Tensor a, Tensor scale, Tensor pull, bool measured) -> Tensor"
 _apply_op = torch.library.custom_op("rsd_loss::apply", _apply, mutates_args=(), schema=_APPLY)
 _apply_op.register_fake(lambda x, *_: torch.empty_like(x))
-
-
-@_moments_op.register_fake
-def _(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    full, features = statistics_dtype(student, teacher), student.shape[1]
-    return tuple(student.new_empty(n, features, dtype=full) for n in (2, 2, 2, features))
+_moments_op.register_fake(
+    lambda x, y, _: tuple(x.new_empty(n, x.shape[1], dtype=statistics_dtype(x, y)) for n in (2, 2, 2, x.shape[1]))
+)

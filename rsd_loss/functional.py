@@ -115,8 +115,9 @@ def rsd_loss(
         return _backend(implementation, student, teacher, gather_distributed)
 
     if gather_distributed:
-        facts = {"implementation": implementation, "reduction": reduction}
-        losses, d, off = _distributed.gathered_losses(choose, student, teacher, kappa, eps, facts, process_group)
+        facts = {"the function called": "rsd_loss", "implementation": implementation, "reduction": reduction}
+        numbers = {"kappa": kappa, "eps": eps}
+        losses, d, off = _distributed.gathered(choose, student, teacher, numbers, facts, process_group)
     else:
         losses, d, off = choose(2)(student, teacher, float(kappa), float(eps))
     loss = _reduce(losses, reduction)
@@ -160,7 +161,8 @@ def cross_correlation(
         return reference.cross_correlation
 
     if gather_distributed:
-        p: Tensor = _distributed.gathered_correlation(choose, student, teacher, eps, process_group)
+        facts = {"the function called": "cross_correlation", "implementation": "reference"}
+        p: Tensor = _distributed.gathered(choose, student, teacher, {"eps": eps}, facts, process_group)
         return p
     return choose(2)(student, teacher, float(eps))
 

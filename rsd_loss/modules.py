@@ -68,11 +68,8 @@ class RSDLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor | tuple[Tensor, RSDTerms]:
         """(B, D) student and (B, D) teacher embeddings to the loss; see ``rsd_loss``."""
-        settings: dict[str, Any] = {name: getattr(self, name) for name in self._shown}
-        loss: Tensor | tuple[Tensor, RSDTerms] = rsd_loss(
-            student, teacher, process_group=self.process_group, **settings
-        )
-        return loss
+        settings: dict[str, Any] = {name: getattr(self, name) for name in (*self._shown, "process_group")}
+        return rsd_loss(student, teacher, **settings)
 
     def extra_repr(self) -> str:
         """The settings, as repr shows them."""
