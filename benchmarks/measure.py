@@ -80,12 +80,13 @@ def operations(step: Step, device: torch.device, compiled: bool) -> int | None:
 
 
 class _CountOperations(TorchDispatchMode):
-    """Views, and allocations without a fill, are left out: they launch nothing."""
+    """Views, allocations without a fill and questions about dtypes are left out: they launch nothing."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view and "empty" not in func.name() and "_unsafe_view" not in func.name()
+        launches_nothing = ("empty", "_unsafe_view", "promote_types")
+        self.count += not func.is_view and not any(name in func.name() for name in launches_nothing)
         return func(*args, **(kwargs or {}))
 
 

@@ -103,7 +103,7 @@ def gathered(
     before = sum(shares[:rank])
     padding = (before, features - before - shares[rank])
     losses, d, off = _Sum.apply(F.pad(torch.stack(shared), padding), group)
-    return losses, d.detach(), off.detach()
+    return losses.clone(), d.detach(), off.detach()  # and not a view, which could not be changed in place
 
 
 def _group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None":

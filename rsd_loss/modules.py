@@ -69,7 +69,8 @@ class RSDLoss(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor | tuple[Tensor, RSDTerms]:
         """(B, D) student and (B, D) teacher embeddings to the loss; see ``rsd_loss``."""
         settings: dict[str, Any] = {name: getattr(self, name) for name in (*self._shown, "process_group")}
-        return rsd_loss(student, teacher, **settings)
+        loss: Tensor | tuple[Tensor, RSDTerms] = rsd_loss(student, teacher, **settings)
+        return loss
 
     def extra_repr(self) -> str:
         """The settings, as repr shows them."""

@@ -48,6 +48,28 @@ def test_summary_in_other_dtypes(dtype, autocast):
     torch.testing.assert_close(list(got), [x.float() for x in want], rtol=1e-4, atol=1e-4)  # float32 from there on
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_summary_of_two_dtypes(shape):
+    student, teacher = pair(*shape)
+    want = summary(student.float().double(), teacher)
+    torch.testing.assert_close(list(summary(student.float(), teacher)), list(want))
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e9, 1e15])
+def test_alignment_does_not_see_the_scale(shape, scale):
+    student, teacher = pair(*shape)
+    want = summary(student, teacher).linear_cka.float()
+    got = summary((student * scale).float(), (teacher * scale).float()).linear_cka
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # float32
+
+
+def test_summary_of_a_constant_feature():
+    x = torch.randn(2000, 4)
+    x[:, 0] = 10000.3
+    torch.testing.assert_close(summary(x, x).mean_diagonal.item(), 0.75, rtol=0, atol=1e-4)
+
+
 def test_extremes():
     x = torch.randn(50, 6, dtype=torch.float64)
     same = summary(x, 3 * x + 1)

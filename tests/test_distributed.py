@@ -4,6 +4,7 @@ The truth is the loss of the concatenated rows in one process, which each proces
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from conftest import pair, upstream
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -312,9 +314,17 @@ def raises_everywhere(rank, group, case):
             student, message = student[None], "student must be \\(batch, features\\), got shape \\(1, 4, 6\\)"
         case "unavailable", 1:
             student, teacher, message = student.double(), teacher.double(), "triton"
+        case "meta", 1:
+            student, teacher, message = student.detach().to("meta"), teacher.to("meta"), "cannot be gathered"
+        case "sparse", 1:
+            teacher, message = teacher.to_sparse(), "teacher must be a dense tensor"
+        case "huge", 1:
+            settings["kappa"], message = 10**400, "kappa must be a finite number"
+        case "reduction", _:
+            settings["reduction"], message = ("mean" if rank == 1 else "sum"), f"reduction {differs}"
         case "empty", 1:
             student, teacher, message = student[:0], teacher[:0], "must have at least 1 row to correlate over, got 0"
-        case "shape" | "empty" | "unavailable" | "setting", _:
+        case "shape" | "empty" | "unavailable" | "setting" | "meta" | "sparse" | "huge", _:
             message = bad
     if case == "unavailable":
         settings["implementation"] = "triton"
@@ -332,10 +342,106 @@ def raises_everywhere(rank, group, case):
 
 @pytest.mark.parametrize(
     "case",
-    ["width", "gradient", "dtype", "kappa", "implementation", "autocast", "setting", "shape", "unavailable", "empty"],
+    [
+        *("width", "gradient", "dtype", "kappa", "implementation", "autocast", "setting", "shape", "unavailable"),
+        *("empty", "meta", "sparse", "huge", "reduction"),
+    ],
 )
 def test_an_error_in_one_process_is_one_in_all(pool, case):
     pool.run(3, raises_everywhere, case)
+
+
+def another_function(rank, group):
+    call = cross_correlation if rank == 1 else rsd_loss
+    with pytest.raises(
+        ValueError, match=f"the function called must be the same .* it is {call.__name__} in rank {rank}"
+    ):
+        call(torch.randn(4, 6), torch.randn(4, 6), gather_distributed=True, process_group=group)
+
+
+def test_one_process_calls_another_function(pool):
+    pool.run(3, another_function)
+
+
+def teacher_of_inference_mode(rank, group, features):
+    student, teacher = pair(8, features)
+    student.requires_grad_()
+    (want,) = torch.autograd.grad(rsd_loss(student, teacher), student)
+    with torch.inference_mode(rank == 1):  # in one process only
+        teacher = teacher.clone()
+    ours = own(rank, (4, 4), student)
+    (grad,) = torch.autograd.grad(gathered(group)(ours, teacher.split(4)[rank]), ours)
+    assert_close(grad, 2 * own(rank, (4, 4), want), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("features", [4, 40])
+def test_teacher_of_inference_mode(pool, features):
+    pool.run(2, teacher_of_inference_mode, features)
+
+
+def losses_changed_in_place(rank, group, features):
+    student, teacher = (x.requires_grad_() for x in pair(8, features))
+    weights = upstream((features,), torch.float64)
+    (want,) = torch.autograd.grad(rsd_loss(student, teacher, reduction="none"), student, weights)
+    ours = own(rank, (4, 4), student)
+    losses = gathered(group, reduction="none")(ours, own(rank, (4, 4), teacher))
+    losses *= weights
+    (grad,) = torch.autograd.grad(losses.sum(), ours)
+    assert_close(grad, 2 * own(rank, (4, 4), want), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("features", [4, 40])
+def test_losses_can_be_changed_in_place(pool, features):
+    pool.run(2, losses_changed_in_place, features)
+
+
+def distributed_tensors(rank, group, shape, placement):
+    """Right where it runs, and refused by what would see the local part only."""
+    mesh = init_device_mesh("cpu", (2,))
+    student, teacher = (x.requires_grad_() for x in pair(*shape))
+    want = rsd_loss(student, teacher)
+    want_grads = torch.autograd.grad(want, (student, teacher))
+    ours = [distribute_tensor(x.detach(), mesh, [placement]).requires_grad_() for x in (student, teacher)]
+    loss = rsd_loss(*ours)
+    loss.backward()
+    assert_close(loss.full_tensor(), want, rtol=1e-9, atol=1e-9)
+    assert_close(tuple(x.grad.full_tensor() for x in ours), want_grads, rtol=1e-9, atol=1e-9)
+    with pytest.raises(
+        RuntimeError, match=r'"fused" cannot run here: an embedding is a DTensor.*: pass implementation='
+    ):
+        rsd_loss(*ours, implementation="fused")
+    with pytest.raises(RuntimeError, match="gather_distributed=True cannot run here: an embedding is a DTensor"):
+        rsd_loss(*ours, gather_distributed=True, process_group=group)
+    other = ours[1].redistribute(placements=[Replicate() if placement != Replicate() else Shard(0)])
+    for mixed in (other, teacher):
+        with pytest.raises(ValueError, match="must be DTensors with the same placements, or neither one"):
+            rsd_loss(ours[0], mixed)
+
+
+@pytest.mark.parametrize("shape", [(10, 6), (6, 10), (1100, 5)], ids=str)
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()], ids=str)
+def test_distributed_tensors(pool, shape, placement):
+    pool.run(2, distributed_tensors, shape, placement)
+
+
+def group_of_a_module(rank, group):
+    module = gathered(group)
+    copied = copy.deepcopy(nn.Sequential(module, module))
+    assert copied[0] is copied[1] is not module
+    assert copied[0].process_group is group
+    assert repr(copied[0]) == repr(module)
+    with pytest.raises(TypeError, match="ProcessGroup"):
+        pickle.dumps(module)
+    module.process_group = None
+    assert repr(pickle.loads(pickle.dumps(module))) == repr(module)
+    gone = dist.new_group([0, 1], use_local_synchronization=True)
+    dist.destroy_process_group(gone)
+    with pytest.raises(ValueError, match="process_group was destroyed since it was made"):
+        rsd_loss(torch.randn(4, 6), torch.randn(4, 6), gather_distributed=True, process_group=gone)
+
+
+def test_group_of_a_module(pool):
+    pool.run(2, group_of_a_module)
 
 
 def one_row_each(rank, group):

@@ -1,6 +1,7 @@
 """Every mistake gets one sentence that names the argument, what came and the way out; none reads a value."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -40,6 +41,11 @@ EMBEDDINGS = {
     "bool": ((S, T > 0), TypeError, "teacher must be float16, .*, got torch.bool"),
     "complex": ((S, T.to(torch.complex64)), TypeError, "teacher must be float16, .*, got torch.complex64"),
     "float8": ((S.to(torch.float8_e5m2), T), TypeError, "student must be float16, .*, got torch.float8_e5m2"),
+    "sparse": (
+        (S, T.to_sparse()),
+        ValueError,
+        r"teacher must be a dense tensor, got layout torch.sparse_coo: pass teacher.to_dense\(\)",
+    ),
     "device": (
         (S, T.to("meta")),
         ValueError,
@@ -55,6 +61,7 @@ NUMBERS = {
     "bool": (True, TypeError, "must be a number, got bool"),
     "complex": (1j, TypeError, "must be a number, got complex"),
     "tensor": (torch.tensor(0.1), TypeError, "must be a number, got Tensor: pass a Python float"),
+    "more than a float holds": (10**400, ValueError, "finite number that is not negative, got 1000"),
 }
 
 
@@ -87,6 +94,12 @@ def test_numbers(name, case):
     if name == "eps":
         with pytest.raises(error, match=r"^eps must be"):
             cross_correlation(S, T, eps=value)
+
+
+def test_any_real_number_will_do():
+    want = rsd_loss(S, T, kappa=0.5, eps=0.25)
+    assert torch.equal(rsd_loss(S, T, kappa=Fraction(1, 2), eps=Fraction(1, 4)), want)
+    assert torch.equal(RSDLoss(Fraction(1, 2), eps=Fraction(1, 4))(S, T), want)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import golden, pair, upstream
 from oracle import oracle
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from rsd_loss import RSDLoss, RSDTerms, cross_correlation, rsd_loss
 
@@ -247,3 +247,89 @@ def test_activation_checkpointing(shape, reentrant, implementation):
     loss = checkpoint(criterion, student, teacher, use_reentrant=reentrant)
     loss.backward()
     torch.testing.assert_close([student.grad, teacher.grad], [*want])
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (1100, 5)])
+def test_selective_checkpointing(shape, implementation):
+    """Which keeps products, and so forbids to change one in place."""
+    student, teacher = (x.requires_grad_() for x in pair(*shape))
+    criterion = functools.partial(rsd_loss, implementation=implementation)
+    want = torch.autograd.grad(criterion(student, teacher), (student, teacher))
+    keep = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    checkpoint(criterion, student, teacher, use_reentrant=False, context_fn=keep).backward()
+    torch.testing.assert_close([student.grad, teacher.grad], [*want])
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (1100, 3)])
+def test_function_transforms(shape):
+    """The default takes the plain formula there; the fast one says so."""
+    student, teacher = (x.requires_grad_() for x in pair(*shape))
+    value = rsd_loss(student, teacher, reduction="none")
+    rows = [torch.autograd.grad(value, student, u, retain_graph=True)[0] for u in torch.eye(shape[1]).double()]
+    x, t = student.detach(), teacher.detach()
+
+    def losses(x):
+        return rsd_loss(x, t, reduction="none")
+
+    torch.testing.assert_close(torch.func.grad(lambda x: losses(x).sum())(x), sum(rows))
+    torch.testing.assert_close(torch.func.jacrev(losses)(x), torch.stack(rows))
+    both = torch.stack([x, 2 * x + 1])
+    want = torch.stack([losses(y) for y in both])
+    torch.testing.assert_close(torch.func.vmap(losses)(both), want)
+    u = upstream(shape, torch.float64)
+    _, along = torch.func.jvp(losses, (x,), (u,))
+    torch.testing.assert_close(along, torch.stack([(row * u).sum() for row in rows]))
+    with pytest.raises(RuntimeError, match=r'"fused" cannot run here: torch.func .*: pass implementation="reference"'):
+        torch.func.grad(lambda x: rsd_loss(x, t, implementation="fused"))(x)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (1100, 3)])
+def test_batched_gradients(shape, implementation):
+    student, teacher = (x.requires_grad_() for x in pair(*shape))
+    value = rsd_loss(student, teacher, reduction="none", implementation=implementation)
+    upstreams = upstream((2, shape[1]), torch.float64)
+    batched = torch.autograd.grad(value, (student, teacher), upstreams, is_grads_batched=True, retain_graph=True)
+    for i, u in enumerate(upstreams):
+        one = torch.autograd.grad(value, (student, teacher), u, retain_graph=True)
+        torch.testing.assert_close([x[i] for x in batched], [*one])
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (1100, 3)])
+def test_teacher_of_inference_mode(shape, implementation):
+    student, teacher = pair(*shape)
+    with torch.inference_mode():
+        same = teacher.clone()
+    student.requires_grad_()
+    values = [rsd_loss(student, x, implementation=implementation) for x in (same, teacher)]
+    torch.testing.assert_close(*[torch.autograd.grad(value, student)[0] for value in values])
+
+
+@pytest.mark.parametrize("offset", [100.3, 10000.3])
+@pytest.mark.parametrize("shape", [(40, 60), (300, 4), (2000, 4)])  # one block of rows and several
+def test_constant_features_with_an_offset_are_dead(loss, shape, offset):
+    """Exactly, though their rounded mean is another number."""
+    student, teacher = pair(*shape, torch.float32)
+    student[:, 0] = teacher[:, 0] = offset
+    student.requires_grad_()
+    losses = loss(student, teacher, reduction="none")
+    assert losses[0] == 1
+    assert not cross_correlation(student, teacher)[0].any()
+    assert not cross_correlation(student, teacher)[:, 0].any()
+
+
+def test_rows_in_order_keep_their_digits():
+    """A batch whose first rows are not like the rest, as tokens of padding are."""
+    student, teacher = pair(20000, 4)
+    student[:64] -= 300
+    teacher[:64] -= 300
+    student.requires_grad_()
+    value = rsd_loss(student, teacher, implementation="reference")
+    (want,) = torch.autograd.grad(value, student)
+    single = student.detach().float().requires_grad_()
+    got = rsd_loss(single, teacher.float())
+    (grad,) = torch.autograd.grad(got, single)
+    plain = rsd_loss(single, teacher.float(), implementation="reference")
+    (plain_grad,) = torch.autograd.grad(plain, single)
+    # Two large terms cancel: a few times the error of the plain formula is another order of rounding, a hundred is not.
+    assert (grad - want).abs().max() <= 4 * (plain_grad - want).abs().max()
+    assert (got - value).abs() <= 4 * (plain - value).abs() + 1e-6 * value

@@ -73,6 +73,20 @@ def test_no_gradient_work_unless_asked(implementation):
         )
 
 
+@pytest.mark.parametrize(("shape", "mode", "most"), [((128, 768), 2, 35), ((128, 768), 1, 27), ((512, 256), 2, 43)])
+def test_launches(shape, mode, most):
+    """What a GPU would be sent, of which 36, 28 and 50 were the goals; lightly's loss takes 36 at any shape."""
+    measure = pytest.importorskip("benchmarks.measure", reason="the benchmarks are in a checkout only")
+    student, teacher = pair(*shape, torch.float32)
+    student.requires_grad_(mode == 2)
+
+    def step():
+        loss = rsd_loss(student, teacher)
+        return torch.autograd.grad(loss, student) if mode == 2 else loss
+
+    assert measure.operations(step, student.device, compiled=False) <= most
+
+
 @pytest.mark.parametrize("shape", [(128, 1024), (2048, 128), (1024, 768)])
 def test_peak_memory(shape):
     """At most 5 inputs' worth beyond the inputs for wide shapes and 2.5 for tall ones, the gradient included."""
