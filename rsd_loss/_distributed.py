@@ -14,7 +14,7 @@ gradient of the one loss.
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,6 @@ from rsd_loss._common import product_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-T = TypeVar("T")
 
 
 class Shard(NamedTuple):
@@ -131,8 +129,8 @@ def _group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None
 
 
 def _agree(
-    choose: Callable[[int], T], student: Tensor, teacher: Tensor, facts: dict[str, Any], group: "ProcessGroup"
-) -> tuple[T, list[int]]:
+    choose: Callable[[int], Any], student: Tensor, teacher: Tensor, facts: dict[str, Any], group: "ProcessGroup"
+) -> tuple[Any, list[int]]:
     """What is chosen, and the rows of every process; raises in all if one fails, or they differ where they must not.
 
     One small exchange that the processes wait for: none may start to send what another does not expect.

@@ -1,7 +1,8 @@
 """The loss and the matrix it is made of: signatures, documentation, and the choice of a backend."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 Reduction = Literal["sum", "mean", "none"]
 Implementation = Literal["auto", "fused", "triton", "reference"]
+_NAMES = {"reduction": get_args(Reduction), "implementation": get_args(Implementation)}
 
 
 class RSDTerms(NamedTuple):
@@ -108,18 +110,14 @@ def rsd_loss(
             message says which and what to do.
         RuntimeError: The implementation named cannot run here; the message says why.
     """
-
-    def choose(min_rows: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        check_settings(kappa, eps, reduction, implementation, gather_distributed, process_group)
-        check_embeddings(student, teacher, same_width=True, min_rows=min_rows)
-        return _backend(implementation, student, teacher, gather_distributed)
-
+    settings = (kappa, eps, reduction, implementation, gather_distributed, process_group)
     if gather_distributed:
         facts = {"the function called": "rsd_loss", "implementation": implementation, "reduction": reduction}
         numbers = {"kappa": kappa, "eps": eps}
+        choose = partial(_choose, student, teacher, settings)
         losses, d, off = _distributed.gathered(choose, student, teacher, numbers, facts, process_group)
     else:
-        losses, d, off = choose(2)(student, teacher, float(kappa), float(eps))
+        losses, d, off = _choose(student, teacher, settings, 2)(student, teacher, float(kappa), float(eps))
     loss = _reduce(losses, reduction)
     if not return_terms:
         return loss
@@ -153,18 +151,13 @@ def cross_correlation(
         TypeError: An embedding is not a floating-point tensor, or eps not a number.
         ValueError: Shapes, devices or ranges do not fit; the message says which and what to do.
     """
-
-    def choose(min_rows: int) -> Callable[..., Tensor]:
-        _check_gather(gather_distributed, process_group)
-        check_number("eps", eps)
-        check_embeddings(student, teacher, min_rows=min_rows)
-        return reference.cross_correlation
-
     if gather_distributed:
         facts = {"the function called": "cross_correlation", "implementation": "reference"}
-        p: Tensor = _distributed.gathered(choose, student, teacher, {"eps": eps}, facts, process_group)
+        matrix: Callable[[int], Callable[..., Tensor]] = partial(_choose_correlation, student, teacher, eps)
+        p: Tensor = _distributed.gathered(matrix, student, teacher, {"eps": eps}, facts, process_group)
         return p
-    return choose(2)(student, teacher, float(eps))
+    _check_gather(gather_distributed, process_group)
+    return _choose_correlation(student, teacher, eps, 2)(student, teacher, float(eps))
 
 
 def check_settings(
@@ -174,15 +167,18 @@ def check_settings(
     _check_gather(gather_distributed, process_group)
     check_number("kappa", kappa)
     check_number("eps", eps)
-    for name, value, names in (("reduction", reduction, Reduction), ("implementation", implementation, Implementation)):
-        if value not in (known := get_args(names)):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    for name, value in (("reduction", reduction), ("implementation", implementation)):
+        if value not in _NAMES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, _NAMES[name]))}, got {value!r}")
 
 
-def _backend(
-    implementation: Implementation, student: Tensor, teacher: Tensor, gather_distributed: bool
+def _choose(
+    student: Tensor, teacher: Tensor, settings: tuple[Any, ...], min_rows: int
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """(student, teacher, kappa, eps, shard=None) to (D,) losses, P_jj and sum_{i != j} P_ij^2."""
+    """After checks, (student, teacher, kappa, eps, shard=None) to losses, P_jj and sum_{i != j} P_ij^2, all (D,)."""
+    check_settings(*settings)
+    check_embeddings(student, teacher, same_width=True, min_rows=min_rows)
+    implementation, gather_distributed = settings[3:5]
     reason = needs_reference(student, teacher)
     if reason and gather_distributed:
         raise RuntimeError(f"gather_distributed=True cannot run here: {reason}")
@@ -197,6 +193,12 @@ def _backend(
         raise RuntimeError(f'implementation="{implementation}" cannot run here: {reason}{way_out}')
     # "auto" will pick the kernels on CUDA once they have won their benchmark on a real GPU.
     return _triton.feature_losses if implementation == "triton" else _fused.feature_losses
+
+
+def _choose_correlation(student: Tensor, teacher: Tensor, eps: float, min_rows: int) -> Callable[..., Tensor]:
+    check_number("eps", eps)
+    check_embeddings(student, teacher, min_rows=min_rows)
+    return reference.cross_correlation
 
 
 def _check_gather(gather_distributed: bool, process_group: object) -> None:

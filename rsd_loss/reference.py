@@ -13,7 +13,7 @@ from rsd_loss._distributed import Shard, sum_over_rows
 def standardise(x: Tensor, eps: float, shard: Shard | None = None) -> Tensor:
     """Zero mean and unit biased standard deviation per feature; eps is outside the root, unlike BatchNorm's."""
     x = x.to(statistics_dtype(x, x))
-    first = x[0].detach()
+    first = x[:1].detach()
     x = x - first  # changes nothing but rounding: a large offset costs no digits, and a constant feature is exactly 0
     if shard is None:
         return (x - x.mean(dim=0)) / (x.std(dim=0, correction=0) + eps)
