@@ -269,8 +269,8 @@ def _apply(
     return grad
 
 
-# A compiler would unroll the blocks and give each its own memory. As operators they run as they stand, in 0.75 of the
-# time of the compiler's own code at 25,088 x 384 and a third of its memory.
+# A compiler would unroll the blocks and give each its own memory. As operators they run as they stand, in 0.7 of the time
+# of the plain formula compiled at 25,088 x 384.
 _moments_op = torch.library.custom_op("rsd_loss::moments", _moments, mutates_args=())
 _APPLY = "(Tensor x, Tensor y, Tensor about, Tensor a, Tensor scale, Tensor pull, bool measured) -> Tensor"
 _apply_op = torch.library.custom_op("rsd_loss::apply", _apply, mutates_args=(), schema=_APPLY)
