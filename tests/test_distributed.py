@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import pair, upstream
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing import spawn
@@ -397,7 +397,7 @@ def test_losses_can_be_changed_in_place(pool, features):
 
 def distributed_tensors(rank, group, shape, placement):
     """Right where it runs, and refused by what would see the local part only."""
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = DeviceMesh.from_group(group, "cpu")  # a new group of these alone would leave the others behind
     student, teacher = (x.requires_grad_() for x in pair(*shape))
     want = rsd_loss(student, teacher)
     want_grads = torch.autograd.grad(want, (student, teacher))
