@@ -38,12 +38,11 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.methods import METHODS, Outputs, Setup, Term
+from benchmarks.methods import METHODS, Outputs, Setup, Term, as_map, method_named
 from benchmarks.throughput import commit, describe
-from rsd_loss.features import pool
 
 SIDE, PAD = 32, 4
-CACHED_SIDE = 4  # of the teacher's last map in the cache: the coarsest that any network here has
+CACHED_SIDE = 8  # of the teacher's maps in the cache, where they are larger
 
 
 class Network(NamedTuple):
@@ -104,7 +103,7 @@ def outputs(model: nn.Module, network: Network, images: Tensor) -> Outputs:
     layout = "NCHW" if isinstance(model, ResNet) else "NLC"
     last, stages = model.forward_intermediates(images, indices=network.blocks, output_fmt=layout)
     embedding = model.forward_head(last, pre_logits=True)
-    return Outputs(model.get_classifier()(embedding).float(), embedding, stages, stages[-1])
+    return Outputs(model.get_classifier()(embedding).float(), embedding, stages)
 
 
 class Split(NamedTuple):
@@ -164,8 +163,7 @@ def draw_views(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def take(targets: Outputs, rows: Tensor) -> Outputs:
-    stages = [stage[rows] for stage in targets.stages]
-    return Outputs(targets.logits[rows], targets.embedding[rows], stages, targets.dense[rows].float())
+    return Outputs(targets.logits[rows], targets.embedding[rows], [stage[rows] for stage in targets.stages])
 
 
 @dataclass
@@ -325,18 +323,12 @@ class Bench:
         """The trained network, what it makes of the training views, and its own row; from the cache if it is there."""
         if name not in self.teachers:
             args = self.args
-            path = (
-                args.cache / f"{name}-{self.data.fingerprint}-{args.teacher_epochs}-{precision(args)}-{args.views}.pt"
-            )
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(".partial")  # a run that is stopped leaves no half of a file
-                torch.save(self.train_teacher(name), partial)
-                partial.replace(path)
-            saved = torch.load(path, map_location=self.device, weights_only=True)
+            stem = f"{name}-{self.data.fingerprint}-{args.teacher_epochs}-{precision(args)}-{args.views}"
+            saved = kept(args.cache / f"{stem}.pt", lambda: self.train_teacher(name), self.device)
             model = self.model(name).eval()
             model.load_state_dict(saved["model"])
-            self.teachers[name] = model, Outputs(*saved["targets"]), Run(**saved["run"])
+            targets = kept(args.cache / f"{stem}-outputs.pt", lambda: tuple(self.look_up(name, model)), self.device)
+            self.teachers[name] = model, Outputs(*targets), Run(**saved["run"])
         return self.teachers[name]
 
     def train_teacher(self, name: str) -> dict[str, Any]:
@@ -352,25 +344,25 @@ class Bench:
             self.fit(name, model, run, term, targets=targets)
         else:
             self.fit(name, model, run)
-        return {"model": model.state_dict(), "targets": tuple(self.look_up(name, model)), "run": asdict(run)}
+        return {"model": model.state_dict(), "run": asdict(run)}
 
     @torch.no_grad()
     def look_up(self, name: str, model: nn.Module) -> Outputs:
-        """The teacher's outputs on every view: pooled stages, and the last map averaged down to 4 x 4 in float16."""
+        """The teacher's outputs on every view, its maps averaged down to 8 x 8 in float16."""
         model.eval()
-        count, batches = len(self.views), []
-        for rows in torch.arange(count * self.args.views, device=self.device).split(512):
+        count, found = len(self.views) * self.args.views, None
+        for rows in torch.arange(count, device=self.device).split(512):
             image, view = rows // self.args.views, rows % self.args.views
             with self.autocast():
                 out = outputs(model, NETWORKS[name], crop(self.data.train.images[image], self.views[image, view]))
-            dense = out.dense
-            if dense.ndim == 3:
-                side = round(dense.shape[1] ** 0.5)
-                dense = dense.transpose(1, 2).unflatten(2, (side, side))
-            dense = F.adaptive_avg_pool2d(dense.float(), min(CACHED_SIDE, dense.shape[2])).half()
-            batches.append([out.logits, out.embedding.float(), *(pool(x).float() for x in out.stages), dense])
-        logits, embedding, *stages, dense = (torch.cat(x) for x in zip(*batches, strict=True))
-        return Outputs(logits, embedding, stages, dense)
+            maps = [as_map(stage).float() for stage in out.stages]
+            maps = [F.adaptive_avg_pool2d(x, min(CACHED_SIDE, x.shape[2])).half() for x in maps]
+            batch = [out.logits, out.embedding.float(), *maps]
+            found = found or [x.new_empty(count, *x.shape[1:]) for x in batch]  # gigabytes, that are not copied
+            for whole, part in zip(found, batch, strict=True):
+                whole[rows] = part
+        logits, embedding, *stages = found
+        return Outputs(logits, embedding, stages)
 
     def setup(self, name: str, student: nn.Module, teacher: nn.Module, targets: Outputs, run: Run) -> Setup:
         with torch.no_grad():
@@ -386,8 +378,18 @@ class Bench:
         torch.manual_seed(run.seed)
         student = self.model(name)  # first, so that its weights are the same for every method
         added = nn.ModuleList()
-        term = METHODS[run.method].build(self.setup(name, student, teacher, targets, run), added)
+        term = method_named(run.method).build(self.setup(name, student, teacher, targets, run), added)
         self.fit(name, student, run, term, added.to(self.device), targets)
+
+
+def kept(path: Path, make: Callable[[], Any], device: torch.device) -> Any:
+    """What is in the file; made and put there first if it is not. On a CPU the file stays on disk and is mapped."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")  # a run that is stopped leaves no half of a file
+        torch.save(make(), partial)
+        partial.replace(path)
+    return torch.load(path, map_location=device, weights_only=True, mmap=device.type == "cpu")
 
 
 def precision(args: argparse.Namespace) -> str:
@@ -409,7 +411,7 @@ def planned(args: argparse.Namespace) -> list[Run]:
     for seed, pair, name in itertools.product(args.seeds, args.pairs, args.methods or METHODS):
         if not args.methods and name == "sdd" and pair != "cnn_cnn":
             continue
-        method = METHODS[name]
+        method = method_named(name)
         weights = [w.apply(method.weight) for w in args.weights] if name != "none" else [0.0]
         kappas = args.kappas if method.kappa else [method.kappa]
         reductions = args.reductions if method.kappa is not None else [""]
@@ -433,12 +435,26 @@ def weight(text: str) -> Weight:
     return Weight(float(text.removeprefix("x")), text.startswith("x"))
 
 
+def method_name(text: str) -> str:
+    try:
+        method_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distill", description=__doc__.partition("\n\n")[2])
     add = parser.add_argument
     add("--data", required=True, help='a folder with train/ and test/, or "cifar100", which is downloaded')
     add("--pairs", choices=PAIRS, nargs="+", default=list(PAIRS), help="teacher_student (default: all)")
-    add("--methods", choices=METHODS, nargs="+", help="default: all, and sdd where both networks are convolutional")
+    add(
+        "--methods",
+        type=method_name,
+        nargs="+",
+        metavar="METHOD",
+        help=f"default: all, and sdd where both networks are convolutional; {', '.join(METHODS)}; with settings as in rsd_dense:side=4,kappa=0.0",
+    )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--epochs", type=int, default=20, help="of a student (default: %(default)s)")
     add("--batches", type=int, nargs="+", default=[128], help="batch sizes (default: 128)")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from benchmarks.distill import KEY, cell
-from benchmarks.methods import METHODS
+from benchmarks.methods import method_named
 
 RESULTS = Path(__file__).parent / "results"
 TUNED = ("small_cnn_coarse", "256")  # the pair and batch at which rivals had several weights, too
@@ -83,7 +83,7 @@ def tuning(lines: list[Line], pair: str, batch: str) -> str:
     found: dict[str, list[Line]] = {}
     for line in lines:
         here = (line["pair"], line["batch"]) == (pair, batch) and line["kappa"] in ("", "0.01")
-        if here and line["warmup"] == cell(METHODS[line["method"]].warmup):
+        if here and line["warmup"] == cell(method_named(line["method"]).warmup):
             found.setdefault(line["method"], []).append(line)
     best = {name: max(group, key=lambda line: float(line["val_accuracy"])) for name, group in found.items()}
     table = ["| method | validation accuracy, %, by weight | test accuracy at the best, % |", "|---|---|---|"]
@@ -119,7 +119,7 @@ def commands(lines: list[Line]) -> list[str]:
 
 def options(line: Line) -> dict[str, tuple[str, ...]]:
     """Of a call that plans this one run."""
-    method = METHODS[line["method"]]
+    method = method_named(line["method"])
     found = {
         "--data": (line["data"],),
         "--csv": ("again.csv",),  # and not the file that has the runs, where none is repeated

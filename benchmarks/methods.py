@@ -5,6 +5,8 @@ afterwards, and returns a function of (student's outputs, teacher's outputs, lab
 all: `cross_entropy + weight * term`, with the weight that METHODS names.
 """
 
+import ast
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -26,8 +28,7 @@ class Outputs(NamedTuple):
 
     logits: Tensor  # (B, classes)
     embedding: Tensor  # (B, D), what the classifier sees
-    stages: list[Tensor]  # four maps or token grids, first to last; of a teacher their averages over space, (B, C)
-    dense: Tensor  # the last map or token grid
+    stages: list[Tensor]  # four maps or token grids, first to last; of a teacher maps in float16, at most 8 x 8
 
 
 class Setup(NamedTuple):
@@ -180,16 +181,17 @@ def sdd(setup: Setup, added: nn.ModuleList) -> Term:
     average. The teacher's map is that of the cache, which may be coarser than the network's own.
     """
     for outputs, head in ((setup.student, setup.student_head), (setup.teacher, setup.teacher_head)):
-        if outputs.dense.ndim != 4 or not torch.allclose(outputs.logits, head(pool(outputs.dense.float())), atol=0.05):
+        last = outputs.stages[-1].float()
+        if last.ndim != 4 or not torch.allclose(outputs.logits, head(pool(last)), atol=0.05):
             raise ValueError("sdd needs convolutional networks with global average pooling and a linear classifier")
 
-    def logit_map(head: nn.Module, dense: Tensor) -> Tensor:
-        return head(dense.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).float()
+    def logit_map(head: nn.Module, last: Tensor) -> Tensor:
+        return head(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).float()
 
     def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
         with torch.no_grad():
-            target = logit_map(setup.teacher_head, t.dense)
-        return sdd_loss(logit_map(setup.student_head, s.dense), target, y)
+            target = logit_map(setup.teacher_head, t.stages[-1].float())
+        return sdd_loss(logit_map(setup.student_head, s.stages[-1]), target, y)
 
     return term
 
@@ -214,7 +216,7 @@ def ofa(setup: Setup, added: nn.ModuleList) -> Term:
 
 def rsd(setup: Setup, added: nn.ModuleList, criterion: Criterion | None = None) -> Term:
     """Redundancy suppression distillation (Zhang et al., ICCV 2025); with another criterion its variants."""
-    return _projected(setup, added, setup.student.embedding, setup.teacher.embedding, lambda x: x.embedding, criterion)
+    return _projected(setup, added, _embedding, _embedding, criterion)
 
 
 def rsd_noproj(setup: Setup, added: nn.ModuleList) -> Term:
@@ -232,32 +234,75 @@ def rsd_logits(setup: Setup, added: nn.ModuleList) -> Term:
     return lambda s, t, y: criterion(s.logits, t.logits)
 
 
+def rsd_wide(setup: Setup, added: nn.ModuleList, width: int = 1024) -> Term:
+    """RSD under a teacher whose embedding is spread over `width` features without a change in what it knows.
+
+    A fixed random map takes the embedding to 64 features, a second one, which keeps lengths and angles, to `width`.
+    So teachers of all widths see the same distances between samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(setup.teacher.embedding.shape[1], 64, generator=generator)
+    up = torch.linalg.qr(torch.randn(width, 64, generator=generator)).Q.T
+    spread = (down @ up).to(setup.teacher.embedding.device)
+    return _projected(setup, added, _embedding, lambda x: x.embedding @ spread)
+
+
 def rsd_stages(setup: Setup, added: nn.ModuleList) -> Term:
     """RSD, and the mean of RSD over the pooled intermediate stages."""
     last = rsd(setup, added)
     terms = [
-        _projected(setup, added, pool(setup.student.stages[i]), setup.teacher.stages[i], lambda x, i=i: x.stages[i])
+        _projected(setup, added, lambda x, i=i: pool(x.stages[i]), lambda x, i=i: pool(x.stages[i].float()))
         for i in range(len(setup.teacher.stages) - 1)
     ]
-
-    def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
-        pooled = s._replace(stages=[pool(stage) for stage in s.stages])
-        return last(s, t, y) + torch.stack([each(pooled, t, y) for each in terms]).mean()
-
-    return term
+    return lambda s, t, y: last(s, t, y) + torch.stack([term(s, t, y) for term in terms]).mean()
 
 
-def rsd_dense(setup: Setup, added: nn.ModuleList) -> Term:
-    """RSD, and RSD with every position of the last map as a sample."""
+def rsd_dense(
+    setup: Setup,
+    added: nn.ModuleList,
+    pooled: float = 1.0,
+    dense: float = 1.0,
+    kappa: float | None = None,
+    student_stage: int = 4,
+    teacher_stage: int = 4,
+    side: int = 8,
+    share: float = 1.0,
+    centred: bool = False,
+) -> Term:
+    """RSD, and RSD with every position of a map as a sample.
+
+    Args:
+        setup: See `Setup`.
+        added: The projectors are appended.
+        pooled: Factor of the term on embeddings.
+        dense: Factor of the term on positions.
+        kappa: Of the term on positions; None stands for that of the other.
+        student_stage: 1 to 4.
+        teacher_stage: 1 to 4.
+        side: Maps larger than side x side are averaged down to it.
+        share: Of the positions that are taken, at random in each step.
+        centred: Takes from the teacher's every position its mean over the batch, which is all that a position alone
+            tells.
+    """
     last = rsd(setup, added)
-    student, teacher = dense_pairs(setup.student.dense, setup.teacher.dense)
+
+    def rows(s: Outputs, t: Outputs) -> tuple[Tensor, Tensor]:
+        student, teacher = as_map(s.stages[student_stage - 1]), t.stages[teacher_stage - 1].float()
+        if centred:
+            teacher = teacher - teacher.mean(dim=0)
+        return dense_pairs(*(F.adaptive_avg_pool2d(x, min(side, x.shape[2])) for x in (student, teacher)))
+
+    student, teacher = rows(setup.student, setup.teacher)
     projector = DecouplingProjector(student.shape[1], teacher.shape[1])
     added.append(projector)
-    criterion = _criterion(setup)
+    criterion = RSDLoss(setup.kappa if kappa is None else kappa, reduction=setup.reduction)
 
     def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
-        student, teacher = dense_pairs(s.dense, t.dense)
-        return last(s, t, y) + criterion(projector(student), teacher)
+        student, teacher = rows(s, t)
+        if share < 1:
+            taken = torch.randperm(len(student))[: round(share * len(student))].to(student.device)
+            student, teacher = student[taken], teacher[taken]
+        return pooled * last(s, t, y) + dense * criterion(projector(student), teacher)
 
     return term
 
@@ -311,15 +356,24 @@ def _criterion(setup: Setup) -> RSDLoss:
 def _projected(
     setup: Setup,
     added: nn.ModuleList,
-    student: Tensor,
-    teacher: Tensor,
-    of: Callable[[Outputs], Tensor],
+    of_student: Callable[[Outputs], Tensor],
+    of_teacher: Callable[[Outputs], Tensor],
     criterion: Criterion | None = None,
 ) -> Term:
     """RSD, or another criterion, of one pair of embeddings behind a decoupling projector."""
-    projector, criterion = DecouplingProjector(student.shape[1], teacher.shape[1]), criterion or _criterion(setup)
+    widths = of_student(setup.student).shape[1], of_teacher(setup.teacher).shape[1]
+    projector, criterion = DecouplingProjector(*widths), criterion or _criterion(setup)
     added.append(projector)
-    return lambda s, t, y: criterion(projector(of(s)), of(t))
+    return lambda s, t, y: criterion(projector(of_student(s)), of_teacher(t))
+
+
+def _embedding(x: Outputs) -> Tensor:
+    return x.embedding
+
+
+def as_map(x: Tensor) -> Tensor:
+    """(B, C, H, W) of a map as it is, or of tokens in a square."""
+    return x if x.ndim == 4 else rearrange(x, "b (h w) c -> b c h w", h=math.isqrt(x.shape[1]))
 
 
 # OFA's stage projectors
@@ -407,6 +461,25 @@ class Method(NamedTuple):
     kappa: float | None = None  # 0 stays 0
 
 
+def method_named(text: str) -> Method:
+    """Of a name, or of a name with settings of its own: `rsd_dense:side=4,kappa=0.0`.
+
+    Raises:
+        ValueError: There is no such method, or it has no such setting.
+    """
+    name, _, settings = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}: choose from {', '.join(METHODS)}")
+    found = METHODS[name]
+    known = [key for key in inspect.signature(found.build).parameters if key not in ("setup", "added", "criterion")]
+    chosen = dict(setting.split("=", 1) for setting in settings.split(",")) if settings else {}
+    for key, value in chosen.items():
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key!r}: it has {', '.join(known) or 'none'}")
+        chosen[key] = ast.literal_eval(value)
+    return found._replace(build=partial(found.build, **chosen))
+
+
 # The papers' weights, for a cross-entropy of weight 1. KD's is its usual 0.9 to 0.1; FitNets' that of the usual
 # comparisons on CIFAR-100. A warm-up is as long in proportion as in the paper's 240 epochs.
 METHODS = {
@@ -422,6 +495,7 @@ METHODS = {
     "rsd_logits": Method(rsd_logits, 0.1, kappa=0.01),
     "rsd_stages": Method(rsd_stages, 0.1, kappa=0.01),
     "rsd_dense": Method(rsd_dense, 0.1, kappa=0.01),
+    "rsd_wide": Method(rsd_wide, 0.1, kappa=0.01),
     "rsd_debiased": Method(rsd_debiased, 0.1, kappa=0.01),
     "rsd_relative": Method(rsd_relative, 0.1, kappa=0.01),
     "rsd_balanced": Method(rsd_balanced, 1.0, kappa=0.01),

@@ -68,7 +68,7 @@ def build(name: str, classes: int) -> tuple[nn.Module, Outputs]:
         embedding = model.forward_head(last, pre_logits=True)
     if name not in CONVOLUTIONAL:
         stages = [stage.flatten(2).transpose(1, 2) for stage in stages]
-    return model, Outputs(torch.empty(2, classes, device="meta"), embedding, stages, stages[-1])
+    return model, Outputs(torch.empty(2, classes, device="meta"), embedding, stages)
 
 
 def parameters(module: nn.Module) -> int:

@@ -124,8 +124,8 @@ def test_relative_decorrelation_is_towards_that_of_the_teacher(batch):
 def test_balanced_gradient_is_as_long_as_that_of_the_labels(batch):
     student, teacher, labels = batch[0].float().requires_grad_(), batch[1].float(), batch[2]
     head = nn.Linear(5, 5)
-    out = methods.Outputs(head(student), student, [], student)
-    above = methods.Outputs(teacher, teacher, [], teacher)
+    out = methods.Outputs(head(student), student, [])
+    above = methods.Outputs(teacher, teacher, [])
     term = methods.rsd_balanced(methods.Setup(out, above, head, head, 0.01, "sum"), nn.ModuleList())
     losses = term(out, above, labels), nn.functional.cross_entropy(out.logits, labels)
     ours, theirs = (torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in losses)
@@ -133,7 +133,7 @@ def test_balanced_gradient_is_as_long_as_that_of_the_labels(batch):
 
 
 def test_methods_add_up_by_their_weights(batch):
-    student, teacher = (methods.Outputs(x, x, [], x) for x in batch[:2])
+    student, teacher = (methods.Outputs(x, x, []) for x in batch[:2])
     setup = methods.Setup(student, teacher, nn.Identity(), nn.Identity(), 0.3, "sum")
     total = methods.together(setup, nn.ModuleList(), names=("kd", "rsd_logits"))(student, teacher, batch[2])
     expected = 9 * methods.kd_loss(*batch[:2]) + 0.1 * rsd_loss(*batch[:2], kappa=0.3)
