@@ -38,11 +38,10 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.methods import METHODS, Outputs, Setup, Term, as_map, method_named
+from benchmarks.methods import METHODS, Outputs, Setup, Term, as_map, down_to, method_named
 from benchmarks.throughput import commit, describe
 
-SIDE, PAD = 32, 4
-CACHED_SIDE = 8  # of the teacher's maps in the cache, where they are larger
+SIDE, PAD, UNLABELLED = 32, 4, -100
 
 
 class Network(NamedTuple):
@@ -63,8 +62,10 @@ def resnet(classes: int, width: int, depth: int) -> ResNet:
     return model
 
 
-def vit(classes: int, width: int, heads: int, depth: int = 6, patch: int = 4) -> VisionTransformer:
-    shape = {"img_size": SIDE, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+def vit(
+    classes: int, width: int, heads: int, depth: int = 6, patch: int = 4, size: int | tuple[int, int] = SIDE
+) -> VisionTransformer:
+    shape = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
     shape["mlp_ratio"] = 2
     return VisionTransformer(num_classes=classes, class_token=False, global_pool="avg", **shape)
 
@@ -107,8 +108,8 @@ def outputs(model: nn.Module, network: Network, images: Tensor) -> Outputs:
 
 
 class Split(NamedTuple):
-    images: Tensor  # (N, 3, 32, 32) bytes
-    labels: Tensor
+    images: Tensor  # (N, 3, H, W) bytes
+    labels: Tensor  # (N,), or (N, H, W) of pixels; UNLABELLED where there is none
 
 
 class Data(NamedTuple):
@@ -130,7 +131,7 @@ def load(source: str, cache: Path, device: torch.device) -> Data:
     splits = []
     for images in sets:
         pixels = [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for image, _ in images]
-        splits.append((torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(images.targets)))
+        splits.append((stacked(pixels), torch.tensor(images.targets)))
     (images, labels), test = splits
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held_out, rest = order[: len(order) // 10], order[len(order) // 10 :]
@@ -138,19 +139,28 @@ def load(source: str, cache: Path, device: torch.device) -> Data:
         Split(*(x.contiguous().to(device) for x in pair))
         for pair in ((images[rest], labels[rest]), (images[held_out], labels[held_out]), test)
     ]
-    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:12]
-    return Data(*parts, len(sets[0].classes), digest)
+    return Data(*parts, len(sets[0].classes), fingerprint(images, labels))
 
 
-def crop(images: Tensor, views: Tensor) -> Tensor:
-    """Pads, crops and mirrors each image by its view (row, column, mirror or not); to float, about standardised."""
-    padded = F.pad(images, (PAD,) * 4)
-    steps = torch.arange(SIDE, device=images.device)
-    rows = views[:, :1] + steps
+def stacked(pixels: list[np.ndarray[Any, Any]]) -> Tensor:
+    """(N, 3, H, W) of images (H, W, 3)."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest()[:12]
+
+
+def shift(images: Tensor, views: Tensor, fill: int = 0) -> Tensor:
+    """Pads, crops and mirrors each image (N, C, H, W) by its view (row, column, mirror or not)."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (PAD,) * 4, value=fill)
+    steps = torch.arange(width, device=images.device)
+    rows = views[:, :1] + torch.arange(height, device=images.device)
     columns = views[:, 1:2] + torch.where(views[:, 2:] == 1, steps.flip(0), steps)
     first = torch.arange(len(images), device=images.device)[:, None, None]
     # With the channels between, indexing puts them last, which is the memory format that convolutions like best.
-    return normalise(padded[first, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2))
+    return padded[first, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -162,6 +172,39 @@ def draw_views(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return (torch.rand(*shape, 3, generator=generator) * limits).long()
 
 
+def in_views(split: Split, rows: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    return normalise(shift(split.images[rows], views)), split.labels[rows]
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    return 100 * (predicted == labels).float().mean().item()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over what has a label, 0 if nothing has; maps of logits are enlarged to the labels."""
+    if logits.ndim == 4:
+        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+    total = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
+    return total / (labels != UNLABELLED).sum().clamp(min=1)
+
+
+class Task(NamedTuple):
+    """What sets one benchmark of training apart from another."""
+
+    module: str  # that is run
+    description: str
+    networks: dict[str, Network]
+    pairs: dict[str, tuple[str, str]]  # teacher, student
+    taught_by: dict[str, str]  # teachers that are trained under another
+    methods: tuple[str, ...]  # by default
+    load: Callable[[str, Path, torch.device], Data]
+    outputs: Callable[[nn.Module, Network, Tensor], Outputs]
+    in_views: Callable[[Split, Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels of some rows
+    score: Callable[[Tensor, Tensor], float]  # of predictions and labels, in percent
+    grid: tuple[int, int]  # to which a teacher's maps are averaged down in the cache
+    defaults: dict[str, Any]  # of options
+
+
 def take(targets: Outputs, rows: Tensor) -> Outputs:
     return Outputs(targets.logits[rows], targets.embedding[rows], [stage[rows] for stage in targets.stages])
 
@@ -171,6 +214,7 @@ class Run:
     """One line of the CSV; the fields up to warmup say which run it is."""
 
     data: str
+    labelled: int  # 1: every training image has its label, n: every n-th
     pair: str
     method: str
     seed: int
@@ -183,8 +227,8 @@ class Run:
     kappa: float | None
     reduction: str
     warmup: float
-    val_accuracy: float = 0.0  # in percent
-    test_accuracy: float = 0.0
+    validation: float = 0.0  # accuracy in percent, or what the task has for it
+    test: float = 0.0
     added_parameters: int = 0
     step_ms: float = 0.0  # median
     minutes: float = 0.0
@@ -237,9 +281,9 @@ def cosine(steps: int) -> Callable[[int], float]:
 class Bench:
     """The data, the device and the cache that all runs share."""
 
-    def __init__(self, args: argparse.Namespace, progress: Progress) -> None:
-        self.args, self.progress, self.device = args, progress, torch.device(args.device)
-        self.data = load(args.data, args.cache, self.device)
+    def __init__(self, task: Task, args: argparse.Namespace, progress: Progress) -> None:
+        self.task, self.args, self.progress, self.device = task, args, progress, torch.device(args.device)
+        self.data = task.load(args.data, args.cache, self.device)
         count = len(self.data.train.labels)
         self.teachers: dict[str, tuple[nn.Module, Outputs, Run]] = {}
         self.views = draw_views((count, args.views), torch.Generator().manual_seed(0)).to(self.device)
@@ -254,7 +298,7 @@ class Bench:
         set_fused_attn(self.device.type != "cpu")
 
     def model(self, name: str) -> nn.Module:
-        return NETWORKS[name].build(self.data.classes).to(self.device, memory_format=torch.channels_last)
+        return self.task.networks[name].build(self.data.classes).to(self.device, memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bfloat16)
@@ -269,8 +313,8 @@ class Bench:
         targets: Outputs | None = None,
     ) -> None:
         """Trains in place and fills in the row; the test images are seen here and nowhere else."""
-        network, (images, labels) = NETWORKS[name], self.data.train
-        steps = max(1, len(labels) // run.batch)
+        network, count = self.task.networks[name], len(self.data.train.labels)
+        steps = max(1, count // run.batch)
         parameters = [*model.parameters(), *(added.parameters() if added else ())]
         optimizer = network.optimizer(parameters, lr=network.lr * run.batch / 128, weight_decay=network.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(run.epochs * steps))
@@ -280,7 +324,7 @@ class Bench:
         model.train()
         for epoch, step in itertools.product(range(run.epochs), range(steps)):
             if step == 0:
-                order = torch.randperm(len(labels), generator=draw)
+                order = torch.randperm(count, generator=draw)
             before = time.perf_counter()
             rows = order[step * run.batch : (step + 1) * run.batch].to(self.device)
             if targets is None:
@@ -288,10 +332,11 @@ class Bench:
             else:
                 which = torch.randint(self.args.views, (len(rows),), generator=draw).to(self.device)
                 views = self.views[rows, which]
-            y = labels[rows]
+            images, y = self.task.in_views(self.data.train, rows, views)
+            y[rows % run.labelled != 0] = UNLABELLED
             with self.autocast():
-                student = outputs(model, network, crop(images[rows], views))
-                loss = F.cross_entropy(student.logits, y)
+                student = self.task.outputs(model, network, images)
+                loss = cross_entropy(student.logits, y)
                 if term and targets:
                     grown = min(1.0, (epoch * steps + step + 1) / max(1, run.warmup * run.epochs * steps))
                     teacher = take(targets, rows * self.args.views + which)
@@ -308,16 +353,14 @@ class Bench:
         self.progress.remove_task(task)
         run.step_ms, run.minutes = statistics.median(times) * 1e3, (time.perf_counter() - start) / 60
         run.added_parameters = sum(parameter.numel() for parameter in added.parameters()) if added else 0
-        run.val_accuracy, run.test_accuracy = (self.accuracy(model, x) for x in (self.data.validation, self.data.test))
+        run.validation, run.test = (self.score(model, x) for x in (self.data.validation, self.data.test))
         vars(run).update(self.origin)
 
     @torch.no_grad()
-    def accuracy(self, model: nn.Module, split: Split) -> float:
+    def score(self, model: nn.Module, split: Split) -> float:
         model.eval()
-        right = [
-            (model(normalise(x)).argmax(1) == y).sum() for x, y in zip(*(s.split(500) for s in split), strict=True)
-        ]
-        return 100 * sum(int(count) for count in right) / len(split.labels)
+        predicted = torch.cat([model(normalise(images)).argmax(1) for images in split.images.split(100)])
+        return self.task.score(predicted, split.labels)
 
     def teacher(self, name: str) -> tuple[nn.Module, Outputs, Run]:
         """The trained network, what it makes of the training views, and its own row; from the cache if it is there."""
@@ -332,15 +375,18 @@ class Bench:
         return self.teachers[name]
 
     def train_teacher(self, name: str) -> dict[str, Any]:
-        args, method = self.args, METHODS["kd" if name in TAUGHT_BY else "none"]
+        args, above = self.args, self.task.taught_by.get(name)
+        method = METHODS["kd" if above else "none"]
         batch = min(128, len(self.data.train.labels))
         settings = {"epochs": args.teacher_epochs, "batch": batch, "weight": method.weight, "kappa": None}
-        run = Run(pair=name, method="teacher", seed=0, reduction="", warmup=0.0, **settings, **shared(args))
+        run = Run(
+            pair=name, method="teacher", seed=0, reduction="", warmup=0.0, **settings, **shared(args) | {"labelled": 1}
+        )
         torch.manual_seed(0)
         model = self.model(name)
-        if name in TAUGHT_BY:
-            above, targets, _ = self.teacher(TAUGHT_BY[name])
-            term = method.build(self.setup(name, model, above, targets, run), nn.ModuleList())
+        if above:
+            teacher, targets, _ = self.teacher(above)
+            term = method.build(self.setup(name, model, teacher, targets, run), nn.ModuleList())
             self.fit(name, model, run, term, targets=targets)
         else:
             self.fit(name, model, run)
@@ -348,15 +394,15 @@ class Bench:
 
     @torch.no_grad()
     def look_up(self, name: str, model: nn.Module) -> Outputs:
-        """The teacher's outputs on every view, its maps averaged down to 8 x 8 in float16."""
+        """The teacher's outputs on every view, its maps averaged down to the task's grid in float16."""
         model.eval()
         count, found = len(self.views) * self.args.views, None
         for rows in torch.arange(count, device=self.device).split(512):
             image, view = rows // self.args.views, rows % self.args.views
             with self.autocast():
-                out = outputs(model, NETWORKS[name], crop(self.data.train.images[image], self.views[image, view]))
-            maps = [as_map(stage).float() for stage in out.stages]
-            maps = [F.adaptive_avg_pool2d(x, min(CACHED_SIDE, x.shape[2])).half() for x in maps]
+                images, _ = self.task.in_views(self.data.train, image, self.views[image, view])
+                out = self.task.outputs(model, self.task.networks[name], images)
+            maps = [down_to(as_map(stage).float(), self.task.grid).half() for stage in out.stages]
             batch = [out.logits, out.embedding.float(), *maps]
             found = found or [x.new_empty(count, *x.shape[1:]) for x in batch]  # gigabytes, that are not copied
             for whole, part in zip(found, batch, strict=True):
@@ -367,13 +413,13 @@ class Bench:
     def setup(self, name: str, student: nn.Module, teacher: nn.Module, targets: Outputs, run: Run) -> Setup:
         with torch.no_grad():
             student.eval()
-            sample = outputs(student, NETWORKS[name], normalise(self.data.train.images[:2]))
+            sample = self.task.outputs(student, self.task.networks[name], normalise(self.data.train.images[:2]))
         teacher_sample = take(targets, torch.arange(2, device=self.device))
         heads = student.get_classifier(), teacher.get_classifier()
         return Setup(sample, teacher_sample, *heads, run.kappa or 0.0, run.reduction)
 
     def distil(self, run: Run) -> None:
-        teacher_name, name = PAIRS[run.pair]
+        teacher_name, name = self.task.pairs[run.pair]
         teacher, targets, _ = self.teacher(teacher_name)
         torch.manual_seed(run.seed)
         student = self.model(name)  # first, so that its weights are the same for every method
@@ -400,6 +446,7 @@ def shared(args: argparse.Namespace) -> dict[str, Any]:
     """What all runs of one call have in common."""
     return {
         "data": Path(args.data).name,
+        "labelled": args.labelled,
         "teacher_epochs": args.teacher_epochs,
         "precision": precision(args),
         "views": args.views,
@@ -408,9 +455,7 @@ def shared(args: argparse.Namespace) -> dict[str, Any]:
 
 def planned(args: argparse.Namespace) -> list[Run]:
     runs = []
-    for seed, pair, name in itertools.product(args.seeds, args.pairs, args.methods or METHODS):
-        if not args.methods and name == "sdd" and pair != "cnn_cnn":
-            continue
+    for seed, pair, name in itertools.product(args.seeds, args.pairs, args.methods):
         method = method_named(name)
         weights = [w.apply(method.weight) for w in args.weights] if name != "none" else [0.0]
         kappas = args.kappas if method.kappa else [method.kappa]
@@ -443,43 +488,50 @@ def method_name(text: str) -> str:
     return text
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.distill", description=__doc__.partition("\n\n")[2])
+def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {task.module}", description=task.description)
     add = parser.add_argument
-    add("--data", required=True, help='a folder with train/ and test/, or "cifar100", which is downloaded')
-    add("--pairs", choices=PAIRS, nargs="+", default=list(PAIRS), help="teacher_student (default: all)")
+    add("--data", required=True, help="the folder of images")
+    add("--pairs", choices=task.pairs, nargs="+", default=list(task.pairs), help="teacher_student (default: all)")
     add(
         "--methods",
         type=method_name,
         nargs="+",
+        default=list(task.methods),
         metavar="METHOD",
-        help=f"default: all, and sdd where both networks are convolutional; {', '.join(METHODS)}; with settings as in rsd_dense:side=4,kappa=0.0",
+        help="with settings of its own as in rsd_dense:side=4,dense=0.5; default: " + " ".join(task.methods),
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    add("--epochs", type=int, default=20, help="of a student (default: %(default)s)")
-    add("--batches", type=int, nargs="+", default=[128], help="batch sizes (default: 128)")
+    add("--labelled", type=int, default=1, metavar="N", help="the student has every Nth image's label (default: 1)")
+    add("--epochs", type=int, help="of a student (default: %(default)s)")
+    add("--batches", type=int, nargs="+", help="batch sizes (default: %(default)s)")
     add("--weights", type=weight, nargs="+", default=[Weight(1, True)], metavar="W", help="0.3, or x3: 3 times its own")
     add("--kappas", type=float, nargs="+", default=[0.01], help="default: 0.01")
     add("--reductions", choices=("sum", "mean"), nargs="+", default=["sum"], help="default: sum")
     add("--warmup", type=float, help="share of the run over which the weight grows (default: the method's own)")
-    add("--teacher-epochs", type=int, default=30, help="default: %(default)s")
+    add("--teacher-epochs", type=int, help="default: %(default)s")
     add("--views", type=int, default=8, help="augmented views of each image (default: %(default)s)")
     add("--device", default="cpu", help="default: %(default)s")
     add("--threads", type=int, help="for torch (default: its own choice)")
     add("--bfloat16", action="store_true", help="train under autocast")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rsd-loss"
     add("--cache", type=Path, default=cache, help="for teachers and their outputs (default: %(default)s)")
-    add("--csv", type=Path, default=Path("benchmarks/results/distill.csv"), help="default: %(default)s")
+    add("--csv", type=Path, help="default: %(default)s")
+    parser.set_defaults(**task.defaults)
     args = parser.parse_args(argv)
+    for name in args.methods:
+        if args.labelled > 1 and name.partition(":")[0] in NEED_LABELS:
+            parser.error(f"{name} needs the label of every image: leave it out or --labelled")
     given = sys.argv[1:] if argv is None else argv
     # As anybody could type it: where one machine keeps its images and its cache is of no use to another.
     words = [Path(word).name if Path(word).is_absolute() or Path(word).is_dir() else word for word in given]
-    args.command = shlex.join(["python", "-m", "benchmarks.distill", *words])
+    args.command = shlex.join(["python", "-m", task.module, *words])
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
+def main(argv: Sequence[str] | None = None, task: Task | None = None) -> None:
+    task = task or CLASSIFICATION
+    args = parse(argv, task)
     if args.threads:
         torch.set_num_threads(args.threads)
     done = finished(args.csv)
@@ -487,22 +539,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("all runs", total=len(runs))
-        bench = Bench(args, progress) if runs else None
+        bar = progress.add_task("all runs", total=len(runs))
+        bench = Bench(task, args, progress) if runs else None
         for run in runs:
-            teacher = bench.teacher(PAIRS[run.pair][0])[2]
+            teacher = bench.teacher(task.pairs[run.pair][0])[2]
             if teacher.key not in done:
                 append(teacher, args.csv)
                 done.add(teacher.key)
-                console.print(f"{teacher.pair}: teacher {teacher.val_accuracy:.1f} %, {teacher.minutes:.1f} min")
+                console.print(f"{teacher.pair}: teacher {teacher.validation:.1f} %, {teacher.minutes:.1f} min")
             bench.distil(run)
             append(run, args.csv)
-            progress.advance(task)
+            progress.advance(bar)
             what = f"{run.pair} {run.method} weight {run.weight:g} seed {run.seed}"
             console.print(
-                f"{what}: validation {run.val_accuracy:.1f} %, {run.step_ms:.0f} ms a step, {run.minutes:.1f} min"
+                f"{what}: validation {run.validation:.1f} %, {run.step_ms:.0f} ms a step, {run.minutes:.1f} min",
+                soft_wrap=True,
             )
 
+
+NEED_LABELS = ("dkd", "ofa", "sdd")
+CLASSIFICATION = Task(
+    module="benchmarks.distill",
+    description=__doc__.partition("\n\n")[2],
+    networks=NETWORKS,
+    pairs=PAIRS,
+    taught_by=TAUGHT_BY,
+    methods=("none", "kd", "dkd", "dist", "fitnet", "ofa", "rsd", "rsd_dense"),
+    load=load,
+    outputs=outputs,
+    in_views=in_views,
+    score=accuracy,
+    grid=(8, 8),
+    defaults={
+        "epochs": 20,
+        "batches": [128],
+        "teacher_epochs": 30,
+        "csv": Path("benchmarks/results/distill.csv"),
+    },
+)
 
 if __name__ == "__main__":
     main()

@@ -41,7 +41,7 @@ def groups(lines: Iterable[Line]) -> list[list[Line]]:
 
 
 def accuracies(group: list[Line]) -> list[float]:
-    return [float(line["test_accuracy"]) for line in group]
+    return [float(line["test"]) for line in group]
 
 
 def spread(values: list[float]) -> str:
@@ -67,7 +67,7 @@ def markdown(lines: list[Line], pair: str, steps: list[Line]) -> str:
     ]
     for group in groups(line for line in lines if line["pair"] == pair):
         first = group[0]
-        gains = over_none(group, lines, "test_accuracy", lambda a, b: a - b)
+        gains = over_none(group, lines, "test", lambda a, b: a - b)
         timed = [line for line in steps if all(line[k] == first[k] for k in ("pair", "method", "batch"))]
         ratios = over_none(timed, steps, "step_ms", lambda a, b: a / b) if timed else []
         cells = [first[name] for name in ("method", "epochs", "weight", "kappa")]
@@ -85,12 +85,12 @@ def tuning(lines: list[Line], pair: str, batch: str) -> str:
         here = (line["pair"], line["batch"]) == (pair, batch) and line["kappa"] in ("", "0.01")
         if here and line["warmup"] == cell(method_named(line["method"]).warmup):
             found.setdefault(line["method"], []).append(line)
-    best = {name: max(group, key=lambda line: float(line["val_accuracy"])) for name, group in found.items()}
+    best = {name: max(group, key=lambda line: float(line["validation"])) for name, group in found.items()}
     table = ["| method | validation accuracy, %, by weight | test accuracy at the best, % |", "|---|---|---|"]
-    for name in sorted(found, key=lambda name: -float(best[name]["val_accuracy"])):
+    for name in sorted(found, key=lambda name: -float(best[name]["validation"])):
         ordered = sorted(found[name], key=lambda line: float(line["weight"]))
-        by_weight = "; ".join(f"{line['weight']}: {float(line['val_accuracy']):.1f}" for line in ordered)
-        table.append(f"| {name} | {by_weight} | {float(best[name]['test_accuracy']):.1f} |")
+        by_weight = "; ".join(f"{line['weight']}: {float(line['validation']):.1f}" for line in ordered)
+        table.append(f"| {name} | {by_weight} | {float(best[name]['test']):.1f} |")
     return "\n".join(table)
 
 
@@ -136,6 +136,8 @@ def options(line: Line) -> dict[str, tuple[str, ...]]:
     }
     if threads := re.search(r"(\d+) threads?$", line["device"]):
         found["--threads"] = (threads[1],)
+    if line["labelled"] != "1":
+        found["--labelled"] = (line["labelled"],)
     if line["precision"] == "bfloat16":
         found["--bfloat16"] = ()
     if line["warmup"] != cell(method.warmup):
@@ -181,7 +183,7 @@ def plot_sensitivity(lines: list[Line], path: Path) -> None:
         for line in lines:
             if (line["pair"], line["batch"]) == (pair, batch):
                 values[kappas.index(float(line["kappa"])), weights.index(float(line["weight"]))] = float(
-                    line["val_accuracy"]
+                    line["validation"]
                 )
         axes.imshow(values, cmap="viridis", vmin=np.nanmax(values) - 15, vmax=np.nanmax(values), origin="lower")
         for (row, column), value in np.ndenumerate(values):

@@ -51,7 +51,9 @@ Build = Callable[[Setup, nn.ModuleList], Term]
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
-    """T^2 KL(teacher || student) of softened logits (Hinton, Vinyals and Dean, 2015)."""
+    """T^2 KL(teacher || student) of softened logits (Hinton, Vinyals and Dean, 2015); the mean over pixels of maps."""
+    if student.ndim == 4:
+        student, teacher = (rearrange(x, "b k h w -> (b h w) k") for x in (student, teacher))
     log_s, log_t = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
@@ -121,6 +123,20 @@ def sdd_loss(
                     share = chosen.to(s.dtype).mean()
                     total = total + factor * share * dkd_loss(s[chosen], t[chosen], labels[chosen])
     return total
+
+
+def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """Channel-wise distillation (Shu et al., ICCV 2021): T^2 KL of each class's softmax over the positions of a map."""
+    log_s, log_t = (F.log_softmax(x.flatten(2) / temperature, dim=2).flatten(0, 1) for x in (student, teacher))
+    return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """PKD (Cao et al., NeurIPS 2022) of (positions, channels): half the squared error of standardised channels.
+
+    That is one minus Pearson's correlation, averaged over channels.
+    """
+    return F.mse_loss(standardise(student, 1e-5), standardise(teacher, 1e-5)) / 2
 
 
 def debiased_loss(student: Tensor, teacher: Tensor, kappa: float, reduction: str = "sum") -> Tensor:
@@ -203,6 +219,21 @@ def fitnet(setup: Setup, added: nn.ModuleList) -> Term:
     return lambda s, t, y: F.mse_loss(regressor(s.embedding).float(), t.embedding)
 
 
+def cwd(setup: Setup, added: nn.ModuleList) -> Term:
+    """Channel-wise distillation (Shu et al., ICCV 2021) of maps of logits, with the paper's T = 4."""
+    return lambda s, t, y: cwd_loss(s.logits, t.logits)
+
+
+def fitnet_map(setup: Setup, added: nn.ModuleList) -> Term:
+    """FitNets' hint (Romero et al., ICLR 2015) on last maps: squared error after a convolution of 1 x 1."""
+    return _of_positions(setup, added, F.mse_loss)
+
+
+def pkd(setup: Setup, added: nn.ModuleList) -> Term:
+    """PKD (Cao et al., NeurIPS 2022) on last maps, after a convolution of 1 x 1 where the channels differ."""
+    return _of_positions(setup, added, pkd_loss)
+
+
 def ofa(setup: Setup, added: nn.ModuleList) -> Term:
     """OFA-KD (Hao et al., NeurIPS 2023): the OFA loss on the logits and on those of all four stages' projectors."""
     projectors = _ofa_projectors(setup, added)
@@ -265,7 +296,7 @@ def rsd_dense(
     kappa: float | None = None,
     student_stage: int = 4,
     teacher_stage: int = 4,
-    side: int = 8,
+    side: int = 16,
     share: float = 1.0,
     centred: bool = False,
 ) -> Term:
@@ -290,7 +321,7 @@ def rsd_dense(
         student, teacher = as_map(s.stages[student_stage - 1]), t.stages[teacher_stage - 1].float()
         if centred:
             teacher = teacher - teacher.mean(dim=0)
-        return dense_pairs(*(F.adaptive_avg_pool2d(x, min(side, x.shape[2])) for x in (student, teacher)))
+        return dense_pairs(*(down_to(x, (side, side)) for x in (student, teacher)), channels_last=False)
 
     student, teacher = rows(setup.student, setup.teacher)
     projector = DecouplingProjector(student.shape[1], teacher.shape[1])
@@ -367,6 +398,23 @@ def _projected(
     return lambda s, t, y: criterion(projector(of_student(s)), of_teacher(t))
 
 
+def _of_positions(setup: Setup, added: nn.ModuleList, loss: Criterion) -> Term:
+    """A loss of all positions of both last maps, behind a linear map of the student's features."""
+
+    def rows(s: Outputs, t: Outputs) -> tuple[Tensor, Tensor]:
+        return dense_pairs(as_map(s.stages[-1]), t.stages[-1].float(), channels_last=False)
+
+    student, teacher = rows(setup.student, setup.teacher)
+    regressor = nn.Linear(student.shape[1], teacher.shape[1])
+    added.append(regressor)
+
+    def term(s: Outputs, t: Outputs, y: Tensor) -> Tensor:
+        student, teacher = rows(s, t)
+        return loss(regressor(student).float(), teacher)
+
+    return term
+
+
 def _embedding(x: Outputs) -> Tensor:
     return x.embedding
 
@@ -374,6 +422,11 @@ def _embedding(x: Outputs) -> Tensor:
 def as_map(x: Tensor) -> Tensor:
     """(B, C, H, W) of a map as it is, or of tokens in a square."""
     return x if x.ndim == 4 else rearrange(x, "b (h w) c -> b c h w", h=math.isqrt(x.shape[1]))
+
+
+def down_to(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A map averaged down to a grid where it is larger."""
+    return F.adaptive_avg_pool2d(x, (min(x.shape[2], grid[0]), min(x.shape[3], grid[1])))
 
 
 # OFA's stage projectors
@@ -487,7 +540,10 @@ METHODS = {
     "kd": Method(kd, 9.0),
     "dkd": Method(dkd, 1.0, warmup=20 / 240),
     "dist": Method(dist, 1.0),
+    "cwd": Method(cwd, 3.0),
     "fitnet": Method(fitnet, 100.0),
+    "fitnet_map": Method(fitnet_map, 1.0),
+    "pkd": Method(pkd, 10.0),
     "ofa": Method(ofa, 1.0),
     "rsd": Method(rsd, 0.1, kappa=0.01),
     "rsd_kappa0": Method(rsd, 0.1, kappa=0.0),

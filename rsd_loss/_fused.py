@@ -56,11 +56,12 @@ class _FeatureLosses(torch.autograd.Function):
         ctx.settings = kappa, eps, shard
         forward, wanted = (_tall, True) if ctx.tall else (_wide, ctx.needs_input_grad[0])
         losses, d, off, *saved = forward(student, teacher, kappa, eps, shard, gradient=wanted)
+        kept = [student, teacher if ctx.tall or ctx.needs_input_grad[1] else student]
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # spares two launches that fill zeros; the compiler drops them unasked
-            teacher = teacher.clone() if teacher.is_inference() else teacher  # which could not be saved
+            kept = [x.clone() if x.is_inference() else x for x in kept]  # which could not be saved
         ctx.mark_non_differentiable(d, off)
-        ctx.save_for_backward(student, teacher if ctx.tall or ctx.needs_input_grad[1] else student, *saved)
+        ctx.save_for_backward(*kept, *saved)
         return losses, d, off
 
     @staticmethod

@@ -1,6 +1,7 @@
 """From feature maps and token grids to the (batch, features) embeddings that the loss takes."""
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from einops import rearrange, reduce
@@ -11,13 +12,14 @@ from rsd_loss._common import check_tensor
 Grid = tuple[int, int]
 
 
-def pool(x: Tensor, *, prefix_tokens: int = 0) -> Tensor:
+def pool(x: Tensor, *, prefix_tokens: int = 0, channels_last: bool | None = None) -> Tensor:
     """Averages a feature map or the patch tokens of a sequence over space.
 
     Args:
-        x: (B, C, H, W) map, channels first by its shape (in memory either way), or (B, N, C) tokens; any floating
-            dtype. A (B, H, W, C) map, as timm's Swin has it, looks the same and must be permuted.
+        x: (B, C, H, W) map, (B, H, W, C) map with ``channels_last=True``, or (B, N, C) tokens; any floating dtype.
         prefix_tokens: How many tokens ahead of the patches (class, register, distillation) to leave out.
+        channels_last: Whether the shape of a map ends with its channels, as that of timm's Swin does. None stands for
+            False, but refuses a map that looks as if it did. This is about shapes: memory may be in either format.
 
     Returns:
         (B, C) embeddings.
@@ -30,10 +32,8 @@ def pool(x: Tensor, *, prefix_tokens: int = 0) -> Tensor:
         >>> pool(torch.randn(8, 197, 384), prefix_tokens=1).shape
         torch.Size([8, 384])
     """
-    _check_layout("x", x, prefix_tokens)
-    if x.ndim == 4:
-        return reduce(x, "b c h w -> b c", "mean")
-    return reduce(x[:, prefix_tokens:], "b n c -> b c", "mean")
+    x = _channels_first("x", x, prefix_tokens, channels_last)
+    return reduce(x, "b c h w -> b c" if x.ndim == 4 else "b n c -> b c", "mean")
 
 
 def dense_pairs(
@@ -42,6 +42,7 @@ def dense_pairs(
     *,
     prefix_tokens: int | tuple[int, int] = 0,
     grid: Grid | tuple[Grid | None, Grid | None] | None = None,
+    channels_last: bool | tuple[bool | None, bool | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Every spatial position as a sample of its own, for the loss on 2-D features.
 
@@ -49,53 +50,65 @@ def dense_pairs(
     neither exceeds, row and column counts taken apart; then positions become rows.
 
     Args:
-        student: (B, C_student, H, W) map, channels first by its shape, or (B, N, C_student) tokens.
-        teacher: (B, C_teacher, H, W) map or (B, N, C_teacher) tokens of the same images; the grid may differ.
+        student: (B, C_student, H, W) map, (B, H, W, C_student) map with ``channels_last``, or (B, N, C_student) tokens.
+        teacher: A map or tokens of the same images; its layout, grid and width may be others than the student's.
         prefix_tokens: Tokens ahead of the patches to leave out of token inputs; one number, or a
             (student, teacher) pair.
         grid: (rows, columns) of token inputs whose patches do not form a square; one grid, or a
             (student, teacher) pair in which None stands for a square. Maps need none.
+        channels_last: As in ``pool``; one value, or a (student, teacher) pair.
 
     Returns:
         (B * h * w, C_student) and (B * h * w, C_teacher), row for row the same place of the same image.
 
     Raises:
         TypeError: An input is not a tensor.
-        ValueError: An input has another layout, the batches differ, or the patches do not fill the grid.
+        ValueError: An input has another layout, the batches differ, the patches do not fill the grid, or the common
+            grid is a single position.
 
     Example:
         >>> s, t = dense_pairs(torch.randn(8, 256, 14, 14), torch.randn(8, 50, 768), prefix_tokens=(0, 1))
         >>> s.shape, t.shape
         (torch.Size([392, 256]), torch.Size([392, 768]))
     """
-    student_prefix, teacher_prefix = prefix_tokens if isinstance(prefix_tokens, tuple) else (prefix_tokens,) * 2
-    student_grid, teacher_grid = _grid_of_each(grid)
-    s = _as_map("student", student, student_prefix, student_grid)
-    t = _as_map("teacher", teacher, teacher_prefix, teacher_grid)
+    grids: Any = (grid, grid) if grid is None or isinstance(grid[0], int) else grid
+    prefixes, lasts = _pair(prefix_tokens), _pair(channels_last)
+    s = _as_map("student", student, prefixes[0], lasts[0], grids[0])
+    t = _as_map("teacher", teacher, prefixes[1], lasts[1], grids[1])
     if s.shape[0] != t.shape[0]:
         raise ValueError(f"student has a batch of {s.shape[0]} and teacher of {t.shape[0]}: pass the same images")
     common = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
-    rows = [rearrange(F.adaptive_avg_pool2d(x, common), "b c h w -> (b h w) c") for x in (s, t)]
-    return rows[0], rows[1]
+    if common == (1, 1):
+        raise ValueError(
+            f"student has a {s.shape[2]} x {s.shape[3]} grid and teacher {t.shape[2]} x {t.shape[3]}, which have one "
+            "position in common, so that the pairs would be those of pool: take a map of an earlier stage where the "
+            "grid is 1 x 1, which timm's model.forward_intermediates gives, or larger images"
+        )
+    maps = [x if x.shape[2:] == common else F.adaptive_avg_pool2d(x, common) for x in (s, t)]
+    return rearrange(maps[0], "b c h w -> (b h w) c"), rearrange(maps[1], "b c h w -> (b h w) c")
 
 
-def _as_map(name: str, x: Tensor, prefix_tokens: int, grid: Grid | None) -> Tensor:
-    _check_layout(name, x, prefix_tokens)
+def _pair(value: Any) -> Any:
+    return value if isinstance(value, (tuple, list)) else (value, value)
+
+
+def _as_map(name: str, x: Tensor, prefix_tokens: int, channels_last: bool | None, grid: Grid | None) -> Tensor:
+    x = _channels_first(name, x, prefix_tokens, channels_last)
     if x.ndim == 4:
         return x
-    patches = x.shape[1] - prefix_tokens
-    side = math.isqrt(patches)
+    side = math.isqrt(x.shape[1])
     height, width = grid or (side, side)
-    if height * width != patches:
-        way_out = "pass grid=(rows, columns), or prefix_tokens if some tokens are not patches"
+    if height * width != x.shape[1]:
         raise ValueError(
-            f"{name} has {patches} patch tokens (of {x.shape[1]}, less {prefix_tokens} prefix tokens), "
-            f"which do not fill a {height} x {width} grid: {way_out}"
+            f"{name} has {x.shape[1]} patch tokens (of {x.shape[1] + prefix_tokens}, less {prefix_tokens} prefix "
+            f"tokens), which do not fill a {height} x {width} grid: "
+            "pass grid=(rows, columns), or prefix_tokens if some tokens are not patches"
         )
-    return rearrange(x[:, prefix_tokens:], "b (h w) c -> b c h w", h=height, w=width)
+    return rearrange(x, "b (h w) c -> b c h w", h=height, w=width)
 
 
-def _check_layout(name: str, x: Tensor, prefix_tokens: int) -> None:
+def _channels_first(name: str, x: Tensor, prefix_tokens: int, channels_last: bool | None) -> Tensor:
+    """After checks, a (B, C, H, W) map, or (B, N, C) tokens without those of the prefix."""
     check_tensor(name, x)
     if x.ndim not in (3, 4):
         way_out = "it is pooled already" if x.ndim == 2 else "rearrange it"
@@ -104,13 +117,15 @@ def _check_layout(name: str, x: Tensor, prefix_tokens: int) -> None:
         )
     if 0 in x.shape:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
-    if x.ndim == 3 and not 0 <= prefix_tokens < x.shape[1]:
+    if x.ndim == 3:
+        if not 0 <= prefix_tokens < x.shape[1]:
+            raise ValueError(
+                f"prefix_tokens must leave at least one of {name}'s {x.shape[1]} tokens (B, N, C), got {prefix_tokens}"
+            )
+        return x[:, prefix_tokens:]
+    if channels_last is None and x.shape[1] == x.shape[2] < x.shape[3]:
         raise ValueError(
-            f"prefix_tokens must leave at least one of {name}'s {x.shape[1]} tokens (B, N, C), got {prefix_tokens}"
+            f"{name} looks like a (B, H, W, C) map, with shape {tuple(x.shape)}: "
+            "pass channels_last=True, or False if it is (B, C, H, W) indeed"
         )
-
-
-def _grid_of_each(grid: Grid | tuple[Grid | None, Grid | None] | None) -> tuple[Grid | None, Grid | None]:
-    if grid is None or isinstance(grid[0], int):
-        return grid, grid
-    return grid
+    return rearrange(x, "b h w c -> b c h w") if channels_last else x

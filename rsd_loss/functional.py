@@ -178,7 +178,7 @@ def _choose(
     """After checks, (student, teacher, kappa, eps, shard=None) to losses, P_jj and sum_{i != j} P_ij^2, all (D,)."""
     check_settings(*settings)
     check_embeddings(student, teacher, same_width=True, min_rows=min_rows)
-    implementation, gather_distributed = settings[3:5]
+    _, _, _, implementation, gather_distributed, _ = settings
     reason = needs_reference(student, teacher)
     if reason and gather_distributed:
         raise RuntimeError(f"gather_distributed=True cannot run here: {reason}")

@@ -1,0 +1,142 @@
+"""Does it distil where position matters: `python -m benchmarks.segment --data DIR`.
+
+Semantic segmentation of road scenes, between a network of one family and a teacher of another. DIR holds train/, val/
+and test/, each with images/NAME.png and labels/NAME.png, whose pixels are the class, 11 for none. Scores are the mean
+over classes of intersection over union, in percent, of all pixels of a split. Choose by that of validation; the test
+scenes are looked at once, when a run is over. Otherwise as benchmarks.distill.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from benchmarks import distill
+from benchmarks.distill import UNLABELLED, Data, Network, Split, Task, fingerprint, normalise, resnet, shift, stacked
+from benchmarks.methods import Outputs
+from rsd_loss.features import pool
+
+CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist")
+SIZE = (96, 128)
+
+
+class Pyramid(nn.Module):
+    """Logits at half the resolution, from the sum of all stages of a convolutional network."""
+
+    def __init__(self, widths: list[int], classes: int, width: int = 48) -> None:
+        super().__init__()
+        self.sides = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in widths)
+        self.norm, self.head = nn.BatchNorm2d(width), nn.Conv2d(width, classes, 1)
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        size = stages[0].shape[2:]
+        sides = [F.interpolate(side(x), size, mode="bilinear") for side, x in zip(self.sides, stages, strict=True)]
+        return self.head(F.relu(self.norm(torch.stack(sides).sum(dim=0))))
+
+
+class Patches(nn.Module):
+    """Logits at half the resolution, of which a token makes all that lie in its patch."""
+
+    def __init__(self, width: int, classes: int, patch: int) -> None:
+        super().__init__()
+        self.norm, self.head = LayerNorm2d(width), nn.Conv2d(width, classes * (patch // 2) ** 2, 1)
+        self.patch = patch
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        return F.pixel_shuffle(self.head(self.norm(stages[-1])), self.patch // 2)
+
+
+class Segmenter(nn.Module):
+    def __init__(self, backbone: nn.Module, blocks: tuple[int, ...], head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.blocks, self.head = backbone, blocks, head
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        return self.backbone.forward_intermediates(images, indices=self.blocks, intermediates_only=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.interpolate(self.head(self.stages(images)), images.shape[2:], mode="bilinear")
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+
+def cnn(classes: int, width: int, depth: int) -> Segmenter:
+    backbone = resnet(1, width, depth)
+    backbone.conv1.stride = 2
+    return Segmenter(backbone, (1, 2, 3, 4), Pyramid([width, 2 * width, 4 * width, 8 * width], classes))
+
+
+def vit(classes: int, width: int, heads: int, depth: int, patch: int = 8) -> Segmenter:
+    blocks = (0, depth // 3, depth - 2, depth - 1)
+    backbone = distill.vit(1, width, heads, depth, patch, SIZE)
+    return Segmenter(backbone, blocks, Patches(width, classes, patch))
+
+
+# Learning rates are those of a batch of 128; one of 16 has an eighth.
+NETWORKS = {
+    "cnn": Network(lambda classes: cnn(classes, 32, 2), (), torch.optim.AdamW, 8e-3, 0.05),
+    "cnn_small": Network(lambda classes: cnn(classes, 16, 1), (), torch.optim.AdamW, 8e-3, 0.05),
+    "vit": Network(lambda classes: vit(classes, 192, 6, 6), (), torch.optim.AdamW, 8e-3, 0.05),
+    "vit_small": Network(lambda classes: vit(classes, 96, 3, 4), (), torch.optim.AdamW, 8e-3, 0.05),
+}
+PAIRS = {"cnn_vit": ("cnn", "vit_small"), "vit_cnn": ("vit", "cnn_small")}  # teacher, student
+
+
+def outputs(model: nn.Module, network: Network, images: Tensor) -> Outputs:
+    stages = model.stages(images)
+    return Outputs(model.head(stages).float(), pool(stages[-1], channels_last=False), stages)
+
+
+def load(source: str, cache: Path, device: torch.device) -> Data:
+    splits = []
+    for part in ("train", "val", "test"):
+        paths = sorted((Path(source) / part / "images").glob("*.png"))
+        images = stacked([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+        pixels = [np.asarray(Image.open(Path(source) / part / "labels" / path.name)) for path in paths]
+        labels = torch.from_numpy(np.stack(pixels)).long()
+        labels[labels >= len(CLASSES)] = UNLABELLED
+        splits.append(Split(images.to(device), labels.to(device)))
+    return Data(*splits, len(CLASSES), fingerprint(splits[0].images.cpu(), splits[0].labels.cpu()))
+
+
+def in_views(split: Split, rows: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    labels = shift(split.labels[rows][:, None], views, UNLABELLED)[:, 0]
+    return normalise(shift(split.images[rows], views)), labels.contiguous()
+
+
+def mean_iou(predicted: Tensor, labels: Tensor) -> float:
+    known = labels != UNLABELLED
+    pairs = labels[known] * len(CLASSES) + predicted[known]
+    confusion = torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1).double()
+    both = confusion.diagonal()
+    return 100 * (both / (confusion.sum(0) + confusion.sum(1) - both).clamp(min=1)).mean().item()
+
+
+SEGMENTATION = Task(
+    module="benchmarks.segment",
+    description=__doc__.partition("\n\n")[2],
+    networks=NETWORKS,
+    pairs=PAIRS,
+    taught_by={"vit": "cnn"},
+    methods=("none", "kd", "cwd", "pkd", "fitnet_map", "rsd", "rsd_dense"),
+    load=load,
+    outputs=outputs,
+    in_views=in_views,
+    score=mean_iou,
+    grid=(12, 16),
+    defaults={"epochs": 40, "batches": [16], "teacher_epochs": 60, "csv": Path("benchmarks/results/segment.csv")},
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    distill.main(argv, SEGMENTATION)
+
+
+if __name__ == "__main__":
+    main()
