@@ -1,0 +1,88 @@
+"""The segmentation benchmark: its score against loops, its views, and a run of every method on a few random scenes."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="needs the bench extra")
+pytest.importorskip("rich", reason="needs the bench extra")
+from PIL import Image
+
+from benchmarks import methods, segment
+
+METHODS = ("none", "kd", "cwd", "pkd", "fitnet_map", "rsd", "rsd_dense")
+
+
+def test_mean_iou():
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.randint(11, (3, 5, 7), generator=generator)
+    labels = torch.randint(11, (3, 5, 7), generator=generator)
+    labels[:, 2] = segment.UNLABELLED
+    scores = []
+    for kind in range(11):
+        pixels = [(p, y) for p, y in zip(predicted.flatten().tolist(), labels.flatten().tolist(), strict=True) if y >= 0]
+        both = sum(p == kind and y == kind for p, y in pixels)
+        scores.append(both / sum(kind in pair for pair in pixels))
+    assert segment.mean_iou(predicted, labels) == pytest.approx(100 * np.mean(scores))
+
+
+def test_labels_move_with_their_images():
+    labels = torch.arange(1, 61).view(1, 6, 10)
+    split = segment.Split(labels[:, None].expand(1, 3, 6, 10).to(torch.uint8), labels)
+    for view in ([4, 4, 0], [4, 4, 1], [1, 7, 0], [8, 0, 1]):
+        images, moved = segment.in_views(split, torch.tensor([0]), torch.tensor([view]))
+        kept = moved != segment.UNLABELLED
+        assert torch.equal(images[:, 0][kept], segment.normalise(moved[kept]))
+        assert (images[:, 0][~kept] == segment.normalise(torch.zeros(()))).all()
+
+
+def test_cwd():
+    """Of each image and class: KL between softmaxes over the positions; teacher first, as of a constant student."""
+    teacher = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    p = (teacher / 4).flatten(2).softmax(dim=2)
+    expected = 16 * (p * (p * 20).log()).sum(dim=2).mean()
+    torch.testing.assert_close(methods.cwd_loss(torch.zeros_like(teacher), teacher), expected)
+
+
+def test_pkd_is_one_minus_the_correlation():
+    student, teacher = torch.randn(2, 40, 3, dtype=torch.float64)
+    expected = 1 - np.mean([np.corrcoef(s, t)[0, 1] for s, t in zip(student.T.numpy(), teacher.T.numpy(), strict=True)])
+    assert methods.pkd_loss(student, teacher).item() == pytest.approx(expected, rel=1e-4)  # eps is 1e-5
+
+
+def test_kd_of_maps_is_the_mean_over_pixels():
+    student, teacher = torch.randn(2, 2, 3, 4, 5)
+    pixels = [methods.kd_loss(student[:, :, i, j], teacher[:, :, i, j]) for i in range(4) for j in range(5)]
+    torch.testing.assert_close(methods.kd_loss(student, teacher), torch.stack(pixels).mean())
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder, random = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 2), ("test", 2)):
+        for kind, shape, classes in (("images", (96, 128, 3), 255), ("labels", (96, 128), 12)):
+            (folder / part / kind).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, classes, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / kind / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("pair", segment.PAIRS)
+def test_every_method_runs_once(scenes, tmp_path, pair):
+    places = ["--data", str(scenes), "--cache", str(tmp_path), "--csv", str(tmp_path / "runs.csv")]
+    few = ["--epochs", "1", "--teacher-epochs", "1", "--batches", "4", "--views", "2", "--seeds", "0", "--threads", "1"]
+    segment.main([*places, *few, "--pairs", pair, "--labelled", "8", "--methods", *METHODS])
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == ["teacher", *METHODS]
+    assert [line["labelled"] for line in lines] == ["1", *["8"] * len(METHODS)]
+    assert all(0 < float(line["test"]) < 100 for line in lines)
+
+
+def test_what_needs_labels_is_refused_without(scenes, capsys):
+    with pytest.raises(SystemExit):
+        segment.main(["--data", str(scenes), "--labelled", "8", "--methods", "dkd"])
+    assert "dkd needs the label of every image" in capsys.readouterr().err
