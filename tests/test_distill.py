@@ -222,10 +222,7 @@ def test_every_method_runs_once(run):
 def test_same_seed_same_result(run):
     options = ("--pairs", "cnn_vit", "cnn_mlp", "--methods", "rsd_dense", "ofa", "--epochs", "2")
     results = [
-        [
-            (line["method"], line["validation"], line["test"])
-            for line in run(*options, name=name, cache=cache)
-        ]
+        [(line["method"], line["validation"], line["test"]) for line in run(*options, name=name, cache=cache)]
         for name, cache in (("first.csv", "cache"), ("again.csv", "another_cache"))
     ]
     assert results[0] == results[1]
@@ -277,7 +274,14 @@ def test_overhead_of_the_pair_that_the_paper_quotes():
 
 def some_runs(path):
     shared = {"data": "d", "pair": "cnn_vit", "teacher_epochs": 1, "epochs": 2, "batch": 8, "precision": "float32"}
-    shared |= {"labelled": 1, "views": 1, "warmup": 0.0, "device": "a machine", "command": "python -m x", "date": "2026-01-02"}
+    shared |= {
+        "labelled": 1,
+        "views": 1,
+        "warmup": 0.0,
+        "device": "a machine",
+        "command": "python -m x",
+        "date": "2026-01-02",
+    }
     cases = (("none", None, "", (40.0, 50.0, 48.0)), ("rsd", 0.01, "sum", (44.0, 53.0)))
     for method, kappa, reduction, accuracies in cases:
         for seed, accuracy in enumerate(accuracies):
@@ -312,7 +316,11 @@ def test_weights_are_chosen_on_the_validation_images(tmp_path):
 def test_commands_plan_the_runs_of_the_results_and_no_others(name):
     lines = evidence.read(evidence.RESULTS / f"{name}.csv")
     students = [tuple(line[key] for key in distill.KEY) for line in lines if line["method"] != "teacher"]
-    planned = [run.key for line in evidence.commands(lines) for run in distill.planned(distill.parse(line.split()[3:], distill.CLASSIFICATION))]
+    planned = [
+        run.key
+        for line in evidence.commands(lines)
+        for run in distill.planned(distill.parse(line.split()[3:], distill.CLASSIFICATION))
+    ]
     assert sorted(planned) == sorted(students)
 
 

@@ -176,6 +176,18 @@ FEATURES = {
     ),
     "wrong grid": (lambda: dense_pairs(MAP, TOKENS, grid=(3, 5)), r"teacher has 17 patch tokens .* fill a 3 x 5 grid"),
     "batch": (lambda: dense_pairs(MAP[:1], MAP), r"student has a batch of 1 and teacher of 2: pass the same images"),
+    "one position": (
+        lambda: dense_pairs(torch.randn(2, 3, 7, 7), torch.randn(2, 4, 1, 1)),
+        r"student has a 7 x 7 grid and teacher 1 x 1, which have one position in common.*: take a map of an earlier stage",
+    ),
+    "channels last": (
+        lambda: dense_pairs(MAP, torch.randn(2, 7, 7, 768)),
+        r"teacher looks like a \(B, H, W, C\) map, with shape \(2, 7, 7, 768\): pass channels_last=True, or False",
+    ),
+    "pool channels last": (
+        lambda: pool(torch.randn(2, 7, 7, 768)),
+        r"x looks like a \(B, H, W, C\) map, .*: pass channels_last=True, or False",
+    ),
     "dense pooled": (lambda: dense_pairs(MAP, S), r"teacher must be a \(B, C, H, W\) map or \(B, N, C\) tokens"),
 }
 

@@ -61,6 +61,34 @@ def test_dense_pairs_of_tokens_with_grids_of_their_own():
     torch.testing.assert_close(s[0], (student[0, 1] + student[0, 5]) / 2)
 
 
+def test_channels_last_on_either_side():
+    student, teacher = torch.randn(2, 6, 4, 4), torch.randn(2, 8, 4, 6)
+    want = dense_pairs(student, teacher)
+    last_s, last_t = (x.permute(0, 2, 3, 1) for x in (student, teacher))
+    for pair, chosen in (
+        ((last_s, last_t), True),
+        ((last_s, teacher), (True, None)),
+        ((student, last_t), [False, True]),
+    ):
+        assert all(map(torch.equal, dense_pairs(*pair, channels_last=chosen), want))
+    torch.testing.assert_close(pool(last_t, channels_last=True), pool(teacher))
+    assert pool(torch.randn(2, 4, 4, 6), channels_last=False).shape == (2, 4)
+
+
+def test_tokens_of_equal_grids_are_not_copied():
+    """25,088 x 384 rows are 38 MB a side, and the loss needs little more."""
+    student, teacher = torch.randn(2, 16, 4), torch.randn(2, 16, 6)
+    rows = dense_pairs(student, teacher)
+    assert [x.data_ptr() for x in rows] == [student.data_ptr(), teacher.data_ptr()]
+
+
+def test_pairs_may_be_lists():
+    student, teacher = torch.randn(2, 1 + 8, 4), torch.randn(2, 9, 6)
+    want = dense_pairs(student, teacher, prefix_tokens=(1, 1), grid=(2, 4))
+    assert all(map(torch.equal, dense_pairs(student, teacher, prefix_tokens=[1, 1], grid=[2, 4]), want))
+    assert all(map(torch.equal, dense_pairs(student, teacher, prefix_tokens=1, grid=[[2, 4], (2, 4)]), want))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gradient_reaches_the_features_compiled(dtype):
     student = torch.randn(2, 6, 4, 4, dtype=dtype, requires_grad=True)

@@ -22,7 +22,9 @@ def test_mean_iou():
     labels[:, 2] = segment.UNLABELLED
     scores = []
     for kind in range(11):
-        pixels = [(p, y) for p, y in zip(predicted.flatten().tolist(), labels.flatten().tolist(), strict=True) if y >= 0]
+        pixels = [
+            (p, y) for p, y in zip(predicted.flatten().tolist(), labels.flatten().tolist(), strict=True) if y >= 0
+        ]
         both = sum(p == kind and y == kind for p, y in pixels)
         scores.append(both / sum(kind in pair for pair in pixels))
     assert segment.mean_iou(predicted, labels) == pytest.approx(100 * np.mean(scores))
