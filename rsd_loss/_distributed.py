@@ -12,6 +12,8 @@ torch.distributed's differentiable collectives), so that the average that Distri
 gradient of the one loss.
 """
 
+import os
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -109,6 +111,12 @@ def _group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None
     if not dist.is_available() or not dist.is_initialized():
         if process_group is not None:
             raise ValueError("process_group is given, but torch.distributed is not initialised: initialise it first")
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            warnings.warn(
+                "gather_distributed=True has no effect: WORLD_SIZE says that there are other processes, but "
+                "torch.distributed is not initialised. Call init_process_group before the first loss",
+                stacklevel=5,
+            )
         return None
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         if process_group == dist.GroupMember.NON_GROUP_MEMBER:

@@ -56,12 +56,12 @@ class _FeatureLosses(torch.autograd.Function):
         ctx.settings = kappa, eps, shard
         forward, wanted = (_tall, True) if ctx.tall else (_wide, ctx.needs_input_grad[0])
         losses, d, off, *saved = forward(student, teacher, kappa, eps, shard, gradient=wanted)
-        kept = [student, teacher if ctx.tall or ctx.needs_input_grad[1] else student]
+        inputs = [student, teacher if ctx.tall or ctx.needs_input_grad[1] else student]
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # spares two launches that fill zeros; the compiler drops them unasked
-            kept = [x.clone() if x.is_inference() else x for x in kept]  # which could not be saved
+            inputs = [x.clone() if x.is_inference() else x for x in inputs]  # which could not be saved
         ctx.mark_non_differentiable(d, off)
-        ctx.save_for_backward(*kept, *saved)
+        ctx.save_for_backward(*inputs, *saved)
         return losses, d, off
 
     @staticmethod
@@ -71,8 +71,10 @@ class _FeatureLosses(torch.autograd.Function):
         student, teacher, *saved = ctx.saved_tensors  # once: activation checkpointing hands each out a single time
         grads: list[Tensor | None] = [None, None]
         # The autocast of the forward is in the saved dtypes; that around backward(), if any, must change nothing.
-        device = u.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+        with (
+            torch.no_grad(),
+            torch.autocast(u.device.type, enabled=False) if autocasts(u.device.type) else nullcontext(),
+        ):
             if ctx.needs_input_grad[0]:
                 grad = _tall_gradient(ctx, u, student, teacher, *saved) if ctx.tall else saved[0] * u
                 grads[0] = grad.to(student.dtype)

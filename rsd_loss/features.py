@@ -72,17 +72,17 @@ def dense_pairs(
         (torch.Size([392, 256]), torch.Size([392, 768]))
     """
     grids: Any = (grid, grid) if grid is None or isinstance(grid[0], int) else grid
-    prefixes, lasts = _pair(prefix_tokens), _pair(channels_last)
-    s = _as_map("student", student, prefixes[0], lasts[0], grids[0])
-    t = _as_map("teacher", teacher, prefixes[1], lasts[1], grids[1])
+    sides = zip(
+        ("student", "teacher"), (student, teacher), _pair(prefix_tokens), _pair(channels_last), grids, strict=True
+    )
+    s, t = (_as_map(*side) for side in sides)
     if s.shape[0] != t.shape[0]:
         raise ValueError(f"student has a batch of {s.shape[0]} and teacher of {t.shape[0]}: pass the same images")
     common = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
     if common == (1, 1):
         raise ValueError(
-            f"student has a {s.shape[2]} x {s.shape[3]} grid and teacher {t.shape[2]} x {t.shape[3]}, which have one "
-            "position in common, so that the pairs would be those of pool: take a map of an earlier stage where the "
-            "grid is 1 x 1, which timm's model.forward_intermediates gives, or larger images"
+            f"student has a grid of {s.shape[2]} x {s.shape[3]} and teacher {t.shape[2]} x {t.shape[3]}, whose pairs "
+            "would be those of pool: take an earlier stage's map, as timm's model.forward_intermediates gives it"
         )
     maps = [x if x.shape[2:] == common else F.adaptive_avg_pool2d(x, common) for x in (s, t)]
     return rearrange(maps[0], "b c h w -> (b h w) c"), rearrange(maps[1], "b c h w -> (b h w) c")

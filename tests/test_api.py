@@ -20,7 +20,6 @@ SIGNATURES = {
     "features.dense_pairs": "(student, teacher, *, prefix_tokens=0, grid=None, channels_last=None)",
     "diagnostics.Summary": "(mean_diagonal, off_diagonal_rms, effective_rank, linear_cka)",
     "diagnostics.summary": "(student, teacher, *, eps=1e-05)",
-    "diagnostics.plot_cross_correlation": "(student, teacher, *, eps=1e-05, ax=None, **imshow)",
 }
 
 

@@ -5,6 +5,7 @@ The truth is the loss of the concatenated rows in one process, which each proces
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -555,3 +556,16 @@ def test_a_group_that_would_be_ignored(pool):
     for call in (rsd_loss, cross_correlation):
         with pytest.raises(ValueError, match=r"torch\.distributed is not initialised: initialise it first"):
             call(student, teacher, gather_distributed=True, process_group=group)
+
+
+@pytest.mark.parametrize("call", [rsd_loss, cross_correlation, RSDLoss(gather_distributed=True)])
+def test_a_launch_that_forgot_to_initialise_is_warned(call, monkeypatch):
+    student, teacher = torch.randn(8, 6), torch.randn(8, 6)
+    settings = {} if isinstance(call, RSDLoss) else {"gather_distributed": True}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="has no effect: .* torch.distributed is not initialised. Call init_process"):
+        call(student, teacher, **settings)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(student, teacher, **settings)

@@ -178,7 +178,7 @@ FEATURES = {
     "batch": (lambda: dense_pairs(MAP[:1], MAP), r"student has a batch of 1 and teacher of 2: pass the same images"),
     "one position": (
         lambda: dense_pairs(torch.randn(2, 3, 7, 7), torch.randn(2, 4, 1, 1)),
-        r"student has a 7 x 7 grid and teacher 1 x 1, which have one position in common.*: take a map of an earlier stage",
+        r"student has a grid of 7 x 7 and teacher 1 x 1, whose pairs .* of pool: take an earlier stage's map",
     ),
     "channels last": (
         lambda: dense_pairs(MAP, torch.randn(2, 7, 7, 768)),
