@@ -36,7 +36,7 @@ def feature_losses(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as reference.feature_losses."""
-    # The value alone takes 2 B D^2 operations or 4 B^2 D.
+    # The value alone takes 2 B D^2 operations or 4 B^2 D; with a gradient, below, it is 4 B D^2 or 4 B^2 D.
     tall = student.shape[1] <= 2 * student.shape[0] if shard is None else shard.by_rows
     gradient = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
     function = _FeatureLosses.apply if gradient else _tall if tall else _wide
@@ -51,7 +51,6 @@ class _FeatureLosses(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # With a gradient it takes 4 B D^2 operations or 4 B^2 D.
         ctx.tall = student.shape[1] <= student.shape[0] if shard is None else shard.by_rows
         ctx.settings = kappa, eps, shard
         forward, wanted = (_tall, True) if ctx.tall else (_wide, ctx.needs_input_grad[0])
@@ -71,10 +70,8 @@ class _FeatureLosses(torch.autograd.Function):
         student, teacher, *saved = ctx.saved_tensors  # once: activation checkpointing hands each out a single time
         grads: list[Tensor | None] = [None, None]
         # The autocast of the forward is in the saved dtypes; that around backward(), if any, must change nothing.
-        with (
-            torch.no_grad(),
-            torch.autocast(u.device.type, enabled=False) if autocasts(u.device.type) else nullcontext(),
-        ):
+        device = u.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
             if ctx.needs_input_grad[0]:
                 grad = _tall_gradient(ctx, u, student, teacher, *saved) if ctx.tall else saved[0] * u
                 grads[0] = grad.to(student.dtype)
