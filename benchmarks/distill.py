@@ -311,8 +311,8 @@ class Bench:
         term: Term | None = None,
         added: nn.ModuleList | None = None,
         targets: Outputs | None = None,
-    ) -> None:
-        """Trains in place and fills in the row; the test images are seen here and nowhere else."""
+    ) -> list[float]:
+        """Trains in place, fills in the row, and returns the losses; the test images are seen here and nowhere else."""
         network, count = self.task.networks[name], len(self.data.train.labels)
         steps = max(1, count // run.batch)
         parameters = [*model.parameters(), *(added.parameters() if added else ())]
@@ -320,7 +320,7 @@ class Bench:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(run.epochs * steps))
         draw = torch.Generator().manual_seed(run.seed)
         task = self.progress.add_task(f"{run.pair} {run.method} seed {run.seed}", total=run.epochs * steps)
-        times, start = [], time.perf_counter()
+        times, losses, start = [], [], time.perf_counter()
         model.train()
         for epoch, step in itertools.product(range(run.epochs), range(steps)):
             if step == 0:
@@ -346,8 +346,7 @@ class Bench:
             nn.utils.clip_grad_norm_(parameters, 5.0)
             optimizer.step()
             schedule.step()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            losses.append(loss.item())  # which waits for a GPU
             times.append(time.perf_counter() - before)
             self.progress.advance(task)
         self.progress.remove_task(task)
@@ -355,6 +354,7 @@ class Bench:
         run.added_parameters = sum(parameter.numel() for parameter in added.parameters()) if added else 0
         run.validation, run.test = (self.score(model, x) for x in (self.data.validation, self.data.test))
         vars(run).update(self.origin)
+        return losses
 
     @torch.no_grad()
     def score(self, model: nn.Module, split: Split) -> float:
@@ -418,14 +418,14 @@ class Bench:
         heads = student.get_classifier(), teacher.get_classifier()
         return Setup(sample, teacher_sample, *heads, run.kappa or 0.0, run.reduction)
 
-    def distil(self, run: Run) -> None:
+    def distil(self, run: Run) -> list[float]:
         teacher_name, name = self.task.pairs[run.pair]
         teacher, targets, _ = self.teacher(teacher_name)
         torch.manual_seed(run.seed)
         student = self.model(name)  # first, so that its weights are the same for every method
         added = nn.ModuleList()
         term = method_named(run.method).build(self.setup(name, student, teacher, targets, run), added)
-        self.fit(name, student, run, term, added.to(self.device), targets)
+        return self.fit(name, student, run, term, added.to(self.device), targets)
 
 
 def kept(path: Path, make: Callable[[], Any], device: torch.device) -> Any:
