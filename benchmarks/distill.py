@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import math
 import os
+import pickle
 import shlex
 import statistics
 import sys
@@ -121,25 +122,42 @@ class Data(NamedTuple):
 
 
 def load(source: str, cache: Path, device: torch.device) -> Data:
-    """From a folder with train/ and test/, one folder per class in each; or "cifar100", which is downloaded."""
-    if source == "cifar100":
-        sets = [torchvision.datasets.CIFAR100(str(cache), train, download=True) for train in (True, False)]
+    """From a folder with train/ and test/, one folder per class in each; or "cifar100", which is downloaded.
+
+    "cifar100-20" is its first twenty classes, in the order that a folder of them has.
+    """
+    parts = ("train", "test")
+    if Path(source).is_dir():
+        sets = [torchvision.datasets.ImageFolder(str(Path(source) / part)) for part in parts]
+        classes = len(sets[0].classes)
+        splits = [(stacked([small(image) for image, _ in images]), torch.tensor(images.targets)) for images in sets]
     else:
-        sets = [torchvision.datasets.ImageFolder(str(Path(source) / part)) for part in ("train", "test")]
-        if sets[0].classes != sets[1].classes:
-            raise SystemExit(f"{source}: train/ and test/ hold different classes")
-    splits = []
-    for images in sets:
-        pixels = [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for image, _ in images]
-        splits.append((stacked(pixels), torch.tensor(images.targets)))
+        for part in parts:
+            torchvision.datasets.CIFAR100(str(cache), part == "train", download=True)
+        classes = 20 if source == "cifar100-20" else 100
+        splits = [first_classes(cache / "cifar-100-python" / part, classes) for part in parts]
     (images, labels), test = splits
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held_out, rest = order[: len(order) // 10], order[len(order) // 10 :]
-    parts = [
+    found = [
         Split(*(x.contiguous().to(device) for x in pair))
         for pair in ((images[rest], labels[rest]), (images[held_out], labels[held_out]), test)
     ]
-    return Data(*parts, len(sets[0].classes), fingerprint(images, labels))
+    return Data(*found, classes, fingerprint(images, labels))
+
+
+def first_classes(path: Path, classes: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of a file of CIFAR-100, by class and then by name."""
+    with path.open("rb") as file:
+        raw = pickle.load(file, encoding="latin1")
+    labels = torch.tensor(raw["fine_labels"])
+    wanted = [i for i in range(len(labels)) if labels[i] < classes]
+    wanted.sort(key=lambda i: (int(labels[i]), raw["filenames"][i]))
+    return torch.from_numpy(raw["data"][wanted]).view(-1, 3, SIDE, SIDE), labels[wanted]
+
+
+def small(image: Image.Image) -> np.ndarray[Any, Any]:
+    return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 def stacked(pixels: list[np.ndarray[Any, Any]]) -> Tensor:
@@ -192,6 +210,7 @@ class Task(NamedTuple):
     """What sets one benchmark of training apart from another."""
 
     module: str  # that is run
+    source: Callable[[str], str]  # checks what --data names
     description: str
     networks: dict[str, Network]
     pairs: dict[str, tuple[str, str]]  # teacher, student
@@ -268,7 +287,7 @@ def finished(path: Path) -> set[tuple[str, ...]]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
-            raise SystemExit(f"{path} has other columns than this version writes: name another file with --csv")
+            raise ValueError(f"{path} has other columns than this version writes: name another file")
         return {tuple(line[name] for name in KEY) for line in reader}
 
 
@@ -480,6 +499,17 @@ def weight(text: str) -> Weight:
     return Weight(float(text.removeprefix("x")), text.startswith("x"))
 
 
+def source(text: str) -> str:
+    """A folder with train/ and test/, one folder per class in each; "cifar100" or "cifar100-20" are downloaded."""
+    if text not in ("cifar100", "cifar100-20"):
+        classes = [sorted(path.name for path in (Path(text) / part).glob("*/")) for part in ("train", "test")]
+        if not classes[0] or classes[0] != classes[1]:
+            raise argparse.ArgumentTypeError(
+                f"{text} has no train/ and test/ with a folder for each class, the same in both"
+            )
+    return text
+
+
 def method_name(text: str) -> str:
     try:
         method_named(text)
@@ -491,7 +521,7 @@ def method_name(text: str) -> str:
 def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {task.module}", description=task.description)
     add = parser.add_argument
-    add("--data", required=True, help="the folder of images")
+    add("--data", required=True, type=task.source, help=task.source.__doc__)
     add("--pairs", choices=task.pairs, nargs="+", default=list(task.pairs), help="teacher_student (default: all)")
     add(
         "--methods",
@@ -519,6 +549,18 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
     add("--csv", type=Path, help="default: %(default)s")
     parser.set_defaults(**task.defaults)
     args = parser.parse_args(argv)
+    for name in ("seeds", "epochs", "batches", "teacher_epochs", "views", "threads", "labelled"):
+        values = getattr(args, name)
+        least = {"seeds": 0, "batches": 2}.get(name, 1)
+        if min(values if isinstance(values, list) else [least if values is None else values]) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    try:
+        args.done = finished(args.csv)
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(f"--csv: {error}")
+    if not os.access(args.csv if args.csv.exists() else args.csv.parent, os.W_OK):
+        parser.error(f"--csv: {args.csv} cannot be written: name another file")
     for name in args.methods:
         if args.labelled > 1 and name.partition(":")[0] in NEED_LABELS:
             parser.error(f"{name} needs the label of every image: leave it out or --labelled")
@@ -534,7 +576,7 @@ def main(argv: Sequence[str] | None = None, task: Task | None = None) -> None:
     args = parse(argv, task)
     if args.threads:
         torch.set_num_threads(args.threads)
-    done = finished(args.csv)
+    done = args.done
     runs = [run for run in planned(args) if run.key not in done]
     console = Console()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -560,6 +602,7 @@ def main(argv: Sequence[str] | None = None, task: Task | None = None) -> None:
 NEED_LABELS = ("dkd", "ofa", "sdd")
 CLASSIFICATION = Task(
     module="benchmarks.distill",
+    source=source,
     description=__doc__.partition("\n\n")[2],
     networks=NETWORKS,
     pairs=PAIRS,

@@ -525,11 +525,15 @@ def method_named(text: str) -> Method:
         raise ValueError(f"there is no method {name!r}: choose from {', '.join(METHODS)}")
     found = METHODS[name]
     known = [key for key in inspect.signature(found.build).parameters if key not in ("setup", "added", "criterion")]
-    chosen = dict(setting.split("=", 1) for setting in settings.split(",")) if settings else {}
-    for key, value in chosen.items():
+    chosen = {}
+    for setting in settings.split(",") if settings else ():
+        key, _, value = setting.partition("=")
         if key not in known:
             raise ValueError(f"{name} has no setting {key!r}: it has {', '.join(known) or 'none'}")
-        chosen[key] = ast.literal_eval(value)
+        try:
+            chosen[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"{name} has no value for {key!r} in {value!r}: write a number") from error
     return found._replace(build=partial(found.build, **chosen))
 
 

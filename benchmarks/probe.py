@@ -55,7 +55,7 @@ def probes(cases: Sequence[tuple[str, str, str]]) -> Iterator[tuple[float, float
     tasks = {task.module: task for task in TASKS.values()}
     with tempfile.TemporaryDirectory() as cache:
         for module, pair, method in cases:
-            task = tasks[module]._replace(load=lambda *_, task=tasks[module]: noise(task))
+            task = tasks[module]._replace(source=str, load=lambda *_, task=tasks[module]: noise(task))
             few = ["--epochs", "1", "--teacher-epochs", "1", "--batches", "8", "--views", "1", "--seeds", "0"]
             which = ["--data", "noise", "--cache", f"{cache}/{module}", "--pairs", pair, "--methods", method]
             args = parse([*which, *few], task)

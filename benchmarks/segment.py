@@ -6,6 +6,7 @@ over classes of intersection over union, in percent, of all pixels of a split. C
 scenes are looked at once, when a run is over. Otherwise as benchmarks.distill.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,6 +94,19 @@ def outputs(model: nn.Module, network: Network, images: Tensor) -> Outputs:
     return Outputs(model.head(stages).float(), pool(stages[-1], channels_last=False), stages)
 
 
+def source(text: str) -> str:
+    """A folder with train/, val/ and test/, each with images/ and labels/ of the same names."""
+    for part in ("train", "val", "test"):
+        names = [
+            sorted(path.name for path in (Path(text) / part / kind).glob("*.png")) for kind in ("images", "labels")
+        ]
+        if not names[0] or names[0] != names[1]:
+            raise argparse.ArgumentTypeError(
+                f"{text} has no {part}/images and {part}/labels with PNG files of the same names"
+            )
+    return text
+
+
 def load(source: str, cache: Path, device: torch.device) -> Data:
     splits = []
     for part in ("train", "val", "test"):
@@ -120,6 +134,7 @@ def mean_iou(predicted: Tensor, labels: Tensor) -> float:
 
 SEGMENTATION = Task(
     module="benchmarks.segment",
+    source=source,
     description=__doc__.partition("\n\n")[2],
     networks=NETWORKS,
     pairs=PAIRS,

@@ -3,6 +3,9 @@
 import csv
 import itertools
 import math
+import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -344,3 +347,37 @@ def test_the_map_of_settings_is_of_runs_without_a_warmup(tmp_path):
     drawn = np.asarray(Image.open(path))
     evidence.plot_sensitivity([*lines, {**lines[-1], "warmup": "0.3", "validation": "12"}], path)
     assert np.array_equal(np.asarray(Image.open(path)), drawn)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere"], "nowhere has no train/ and test/ with a folder for each class"),
+        (["--seeds", "-1"], "--seeds must be at least 0"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--batches", "1", "64"], "--batches must be at least 2"),
+        (["--methods", "rsd_dens"], "there is no method 'rsd_dens': choose from none, kd"),
+        (["--methods", "rsd_dense:grid=2"], "rsd_dense has no setting 'grid': it has pooled, dense, kappa"),
+        (["--methods", "rsd_dense:side"], "rsd_dense has no value for 'side'"),
+        (["--labelled", "8", "--methods", "dkd"], "dkd needs the label of every image"),
+        (["--csv", "."], "--csv: .* Is a directory"),
+        (["--csv", "README.md/runs.csv"], "--csv: .* (Not a directory|File exists)"),
+        (["--csv", "CHANGELOG.md"], "--csv: CHANGELOG.md has other columns"),
+    ],
+)
+def test_a_mistake_is_answered_with_a_sentence(images, options, message, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(SystemExit) as caught:
+        distill.main([*(() if "--data" in options else ("--data", str(images))), *options])
+    assert caught.value.code == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_the_first_classes_of_cifar(tmp_path):
+    """In the order of a folder of them: by class, then by name."""
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 3 * 32 * 32), dtype=np.uint8)
+    raw = {"data": pixels, "fine_labels": [1, 0, 2, 0, 1], "filenames": ["d", "z", "a", "b", "c"]}
+    (tmp_path / "train").write_bytes(pickle.dumps(raw))
+    images, labels = distill.first_classes(tmp_path / "train", 2)
+    assert labels.tolist() == [0, 0, 1, 1]
+    assert np.array_equal(images.flatten(1).numpy(), pixels[[3, 1, 4, 0]])
