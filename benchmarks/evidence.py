@@ -3,21 +3,33 @@
 Prints the tables of docs/evidence.md and draws its plots, from the files in benchmarks/results.
 """
 
+import argparse
 import csv
 import re
 import shlex
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from benchmarks import report
 from benchmarks.distill import KEY, cell
 from benchmarks.methods import method_named
 
 RESULTS = Path(__file__).parent / "results"
+HEADINGS = {
+    "cnn_vit": "From ResNet to ViT",
+    "cnn_mlp": "From ResNet to MLP",
+    "vit_cnn": "From ViT to ResNet",
+    "cnn_cnn": "From ResNet to ResNet",
+    "small_cnn_coarse": "128 features",
+    "cnn_coarse": "256 features",
+}
+GAIN = ("cnn_vit", "cnn_mlp", "vit_cnn")
+RIVALS = {"kd": "KD", "dkd": "DKD", "dist": "DIST", "fitnet": "FitNets", "ofa": "OFA"}
 TUNED = ("small_cnn_coarse", "256")  # the pair and batch at which rivals had several weights, too
 Line = dict[str, str]
 SETTING = [name for name in KEY if name not in ("seed", "teacher_epochs")]
@@ -29,7 +41,8 @@ def read(path: Path) -> list[Line]:
 
 
 def pairs(lines: list[Line]) -> list[str]:
-    return list(dict.fromkeys(line["pair"] for line in lines if line["method"] != "teacher"))
+    found = dict.fromkeys(line["pair"] for line in lines if line["method"] != "teacher")
+    return sorted(found, key=list(HEADINGS).index)
 
 
 def groups(lines: Iterable[Line]) -> list[list[Line]]:
@@ -152,21 +165,55 @@ def label(line: Line, among: list[Line]) -> str:
     return ", ".join([line["method"], *(f"{name} {line[name]}" for name in apart)])
 
 
+def best_rival(lines: list[Line]) -> list[Line]:
+    """The best of what is not ours, among those with as many seeds as the student alone."""
+    seeds = sum(line["method"] == "none" and line["epochs"] == "15" for line in lines)
+    rivals = [line for line in lines if "rsd" not in line["method"] and line["method"] not in ("none", "teacher")]
+    return next(group for group in groups(rivals) if len(group) == seeds)
+
+
+def plot_gain(lines: list[Line], path: Path) -> None:
+    """The student alone, the best rival, and ours: for the first screen."""
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    for place, pair in enumerate(GAIN):
+        here = [line for line in lines if line["pair"] == pair and line["epochs"] == "15"]
+        ours = [[line for line in here if line["method"] == name] for name in ("none", "rsd", "rsd_dense")]
+        ours = [[line for line in runs if line["weight"] in ("0", "0.1")] for runs in ours]
+        bars = [("alone", ours[0], "0.75"), ("best rival", best_rival(here), "C0")]
+        bars += [("RSD", ours[1], "#e88"), ("RSD + dense", ours[2], "C3")]
+        for row, (name, runs, colour) in enumerate(bars):
+            if not runs:
+                continue
+            value, at = statistics.mean(accuracies(runs)), place + 0.2 * (row - 1.5)
+            axes.barh(at, value, 0.19, color=colour, label=name if place == 0 else None)
+            text = f"{value:.1f}" + (f" {RIVALS[runs[0]['method']]}" if name == "best rival" else "")
+            axes.text(value + 0.4, at, text, va="center", fontsize=8)
+    axes.set_yticks(range(len(GAIN)), [HEADINGS[pair] for pair in GAIN])
+    axes.invert_yaxis()
+    axes.set(xlabel="test accuracy, %", xlim=(0, 85))
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9, columnspacing=1, handlelength=1)
+    figure.savefig(path, dpi=200)
+
+
 def plot_accuracy(lines: list[Line], path: Path) -> None:
-    """Mean and spread of the test accuracy of every method, one panel per pair."""
+    """Mean and spread of the test accuracy of every method, one panel per pair, as narrow as a telephone."""
     shown = pairs(lines)
-    figure = Figure(figsize=(4.5 * len(shown), 4.5), layout="constrained")
-    for axes, pair in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        ordered = groups(line for line in lines if line["pair"] == pair)[::-1]
-        for place, group in enumerate(ordered):
+    ordered = {pair: groups(line for line in lines if line["pair"] == pair)[::-1] for pair in shown}
+    heights = [len(ordered[pair]) + 2.5 for pair in shown]
+    figure = Figure(figsize=(5, 0.22 * sum(heights) + 0.4), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, pair in zip(panels, shown, strict=True):
+        for place, group in enumerate(ordered[pair]):
             values, ours = accuracies(group), "rsd" in group[0]["method"]
             axes.plot(values, [place] * len(values), "o", color="C3" if ours else "C0", alpha=0.5)
-            axes.plot(statistics.mean(values), place, "|", color="black", markersize=14)
-        firsts = [group[0] for group in ordered]
+            axes.plot(statistics.mean(values), place, "|", color="black", markersize=12)
+        firsts = [group[0] for group in ordered[pair]]
         axes.set_yticks(range(len(firsts)), [label(first, firsts) for first in firsts])
+        axes.set_ylim(-0.6, len(firsts) - 0.4)
         axes.grid(axis="x", alpha=0.3)
-        axes.set(xlabel="test accuracy, %", title=pair)
-    figure.suptitle("One dot per seed, a stroke for the mean; red: RSD and its variants", fontsize=10)
+        axes.set_title(HEADINGS.get(pair, pair), fontsize=11)
+    panels[-1].set_xlabel("test accuracy, %; red: RSD and its variants")
     figure.savefig(path, dpi=150)
 
 
@@ -176,8 +223,8 @@ def plot_sensitivity(lines: list[Line], path: Path) -> None:
     lines = [line for line in lines if plain.items() <= line.items()]
     panels = list(dict.fromkeys((line["pair"], line["batch"]) for line in lines))
     weights, kappas = (sorted({float(line[name]) for line in lines}) for name in ("weight", "kappa"))
-    figure = Figure(figsize=(3.2 * len(panels) + 1, 4.4), layout="constrained")
-    panes = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure = Figure(figsize=(5, 2.6 * len(panels)), layout="constrained")
+    panes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, (pair, batch) in zip(panes, panels, strict=True):
         values = np.full((len(kappas), len(weights)), np.nan)
         for line in lines:
@@ -185,7 +232,8 @@ def plot_sensitivity(lines: list[Line], path: Path) -> None:
                 values[kappas.index(float(line["kappa"])), weights.index(float(line["weight"]))] = float(
                     line["validation"]
                 )
-        axes.imshow(values, cmap="viridis", vmin=np.nanmax(values) - 15, vmax=np.nanmax(values), origin="lower")
+        top = np.nanmax(values)
+        axes.imshow(values, cmap="viridis", vmin=top - 15, vmax=top, origin="lower", aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
                 dark = value < np.nanmax(values) - 7
@@ -195,20 +243,45 @@ def plot_sensitivity(lines: list[Line], path: Path) -> None:
                 axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="red", linewidth=2))
         axes.set_xticks(range(len(weights)), [f"{weight:g}" for weight in weights])
         axes.set_yticks(range(len(kappas)), [f"{kappa:g}" for kappa in kappas])
-        axes.set(xlabel="weight", ylabel="kappa", title=f"{pair}, batch {batch}")
-    figure.suptitle("Validation accuracy, %; red: within one point of the best of the panel", fontsize=10)
+        axes.set(xlabel="weight", ylabel="kappa")
+        axes.set_title(f"{HEADINGS.get(pair, pair)}, batch {batch}", fontsize=11)
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    lines, steps = read(RESULTS / "distill.csv"), read(RESULTS / "distill_steps.csv")
+def results(text: str) -> Path:
+    """A folder that has the three files, and takes the plots: argparse's type."""
+    needed = {*KEY, "validation", "test", "added_parameters", "step_ms", "device", "torch", "commit", "date"}
+    for path in (Path(text, f"{name}.csv") for name in ("distill", "distill_steps", "sensitivity")):
+        try:
+            lines = read(path)
+        except (OSError, ValueError, csv.Error):
+            lines = []
+        whole = (needed <= line.keys() and None not in line.values() for line in lines)
+        if not all(whole) or not any(line["method"] != "teacher" for line in lines):
+            message = f"'{path}' cannot be read or has no whole runs: give a folder where benchmarks.distill wrote it"
+            raise argparse.ArgumentTypeError(message)
+    return report.output(text, "accuracy.png")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence",
+        description="Prints the tables of docs/evidence.md and draws its plots, from runs on file, in seconds.",
+    )
+    described = "has distill.csv, distill_steps.csv and sensitivity.csv, and gets the plots"
+    parser.add_argument(
+        "--results", type=results, default=str(RESULTS), metavar="DIR", help=f"{described} (default: %(default)s)"
+    )
+    folder = parser.parse_args(argv).results
+    lines, steps = read(folder / "distill.csv"), read(folder / "distill_steps.csv")
     for pair in pairs(lines):
         print(f"\n{pair}\n\n{markdown(lines, pair, steps)}")
     print(f"\n{origin(lines)}\n\n{origin(steps)}")
-    plot_accuracy(lines, RESULTS / "accuracy.png")
-    settings = read(RESULTS / "sensitivity.csv")
+    plot_gain(lines, folder / "gain.png")
+    plot_accuracy(lines, folder / "accuracy.png")
+    settings = read(folder / "sensitivity.csv")
     print(f"\n{tuning(settings, *TUNED)}\n\n{origin(settings)}")
-    plot_sensitivity(settings, RESULTS / "sensitivity.png")
+    plot_sensitivity(settings, folder / "sensitivity.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What becomes of the measurements: CSV, plots, and the README's table."""
+"""What becomes of the measurements: CSV, plots, and the README's table; argparse's types of where they go."""
 
+import argparse
 import csv
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -46,6 +48,39 @@ class Row:
     @property
     def label(self) -> str:
         return f"{self.contestant} + compile" if self.compiled else self.contestant
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given, a whole number of at least 1 expected, such as 2")
+    return int(text)
+
+
+def output(text: str, inside: str = "") -> Path:
+    """A file, or a folder for the file `inside`, that can be written when the work is done; leaves nothing behind."""
+    path = Path(text, inside)
+    try:
+        if path.exists():
+            path.open("a").close()
+        else:  # the folders that are missing are made in the first that is there
+            tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())).close()
+    except OSError as error:
+        where = "a folder" if inside else "a file in a folder"
+        message = f"{text!r} cannot be written ({error.strerror}): give {where} that you may write to"
+        raise argparse.ArgumentTypeError(message) from error
+    return Path(text)
+
+
+def measured(text: str) -> list[Row]:
+    """The rows of a file that `--csv` wrote."""
+    try:
+        rows = read_csv(Path(text))
+    except (OSError, KeyError, ValueError, csv.Error):
+        rows = []
+    if not any(row.mode == "value_and_grad" for row in rows):
+        expected = "give a file that --csv wrote without --nproc, with the mode value_and_grad"
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read or has no such measurements: {expected}")
+    return rows
 
 
 def write_csv(rows: list[Any], path: Path) -> None:
@@ -113,7 +148,8 @@ def markdown(rows: list[Row]) -> str:
     dtype = f"{first.dtype} under autocast to {first.autocast}" if first.autocast else first.dtype
     lines += [
         "",
-        f"Value and student's gradient, {dtype}; medians. lightly is its BarlowTwinsLoss, a peer in cost.",
+        f"Value and the student's gradient, {dtype}, medians. "
+        "lightly: its BarlowTwinsLoss, a different loss of similar cost.",
         f"{first.device}; torch {first.torch}; {first.date}; commit {first.commit}; `{first.command}`",
     ]
     return "\n".join(lines)
@@ -145,25 +181,26 @@ def _styled(rows: list[Row]) -> Iterator[tuple[list[Row], dict[str, Any]]]:
 
 
 def _plot_speedup(rows: list[Row], path: Path) -> None:
-    """Against the eager naive loss, shape by shape; contestants that run compiled stand to the right."""
+    """Against the eager naive loss, shape by shape; contestants that run compiled stand below."""
     import matplotlib.pyplot as plt
 
     naive = {row.shape: row.median_ms for row in rows if row.label == "naive"}
     place = {shape: i for i, shape in enumerate(naive)}
     rows = [row for row in rows if row.shape in naive]
-    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5, 0.45 * len(naive) + 1.8), layout="constrained")
     for group, style in _styled(rows):
         shift = 0.15 if group[0].compiled else -0.15
-        x = [place[row.shape] + shift for row in group]
-        axes.plot(x, [naive[row.shape] / row.median_ms for row in group], **{**style, "linestyle": ""})
+        y = [place[row.shape] + shift for row in group]
+        axes.plot([naive[row.shape] / row.median_ms for row in group], y, **{**style, "linestyle": ""})
     limits = {place[row.shape]: naive[row.shape] / row.limit_ms for row in rows}
-    left, right = [i - 0.35 for i in limits], [i + 0.35 for i in limits]
-    axes.hlines(list(limits.values()), left, right, color="black", label="limit of the machine")
-    axes.set(yscale="log", xlabel="rows x features", ylabel="speed-up over naive (eager)")
-    axes.set_xticks(range(len(naive)), [f"{rows}\nx {features}" for rows, features in naive])
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_title(f"Value and gradient, {rows[0].dtype}, {rows[0].device}", fontsize=10)
+    top, bottom = [i - 0.35 for i in limits], [i + 0.35 for i in limits]
+    axes.vlines(list(limits.values()), top, bottom, color="black", label="limit of the machine")
+    axes.set(xscale="log", xlabel="speed-up over naive (eager)")
+    axes.set_yticks(range(len(naive)), [f"{rows} x {features}" for rows, features in naive])
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    axes.set_title(f"Value and gradient, {rows[0].dtype}\n{rows[0].device}", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
@@ -174,7 +211,7 @@ def _plot_width(rows: list[Row], path: Path) -> None:
     batch = Counter(rows for rows, _ in {row.shape for row in rows}).most_common(1)[0][0]
     rows = sorted((row for row in rows if row.rows == batch), key=lambda row: row.features)
     widths = sorted({row.features for row in rows})
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    figure, (time, memory) = plt.subplots(2, 1, figsize=(5, 8.5), layout="constrained")
     for group, style in _styled(rows):
         x = [row.features for row in group]
         time.plot(x, [row.median_ms for row in group], **style)
@@ -188,6 +225,6 @@ def _plot_width(rows: list[Row], path: Path) -> None:
         axes.set_xticks(widths, [str(width) for width in widths])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle(f"Value and gradient at batch {batch}, {rows[0].dtype}, {rows[0].device}", fontsize=10)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    figure.suptitle(f"Value and gradient at batch {batch}, {rows[0].dtype}\n{rows[0].device}", fontsize=10)
     figure.savefig(path, dpi=150)

@@ -28,7 +28,7 @@ def pool(x: Tensor, *, prefix_tokens: int = 0, channels_last: bool | None = None
         TypeError: x is not a tensor.
         ValueError: x has another layout, or not more than ``prefix_tokens`` tokens.
 
-    Example:
+    Examples:
         >>> pool(torch.randn(8, 197, 384), prefix_tokens=1).shape
         torch.Size([8, 384])
     """
@@ -66,7 +66,7 @@ def dense_pairs(
         ValueError: An input has another layout, the batches differ, the patches do not fill the grid, or the common
             grid is a single position.
 
-    Example:
+    Examples:
         >>> s, t = dense_pairs(torch.randn(8, 256, 14, 14), torch.randn(8, 50, 768), prefix_tokens=(0, 1))
         >>> s.shape, t.shape
         (torch.Size([392, 256]), torch.Size([392, 768]))

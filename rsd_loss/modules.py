@@ -37,7 +37,7 @@ class RSDLoss(nn.Module):
         TypeError: kappa or eps is not a number.
         ValueError: A number is out of range or a name unknown.
 
-    Example:
+    Examples:
         >>> criterion = RSDLoss()
         >>> loss = criterion(torch.randn(32, 64, requires_grad=True), torch.randn(32, 64))
         >>> loss.backward()
