@@ -42,7 +42,8 @@ def read(path: Path) -> list[Line]:
 
 def pairs(lines: list[Line]) -> list[str]:
     found = dict.fromkeys(line["pair"] for line in lines if line["method"] != "teacher")
-    return sorted(found, key=list(HEADINGS).index)
+    order = list(HEADINGS)
+    return sorted(found, key=lambda pair: order.index(pair) if pair in order else len(order))
 
 
 def groups(lines: Iterable[Line]) -> list[list[Line]]:
@@ -180,6 +181,8 @@ def plot_gain(lines: list[Line], path: Path) -> None:
         here = [line for line in lines if line["pair"] == pair and line["epochs"] == "15"]
         ours = [[line for line in here if line["method"] == name] for name in ("none", "rsd", "rsd_dense")]
         ours = [[line for line in runs if line["weight"] in ("0", "0.1")] for runs in ours]
+        if not all(ours[:2]):
+            continue
         bars = [("alone", ours[0], "0.75"), ("best rival", best_rival(here), "C0")]
         bars += [("RSD", ours[1], "#e88"), ("RSD + dense", ours[2], "C3")]
         for row, (name, runs, colour) in enumerate(bars):
@@ -191,7 +194,7 @@ def plot_gain(lines: list[Line], path: Path) -> None:
             axes.text(value + 0.4, at, text, va="center", fontsize=8)
     axes.set_yticks(range(len(GAIN)), [HEADINGS[pair] for pair in GAIN])
     axes.invert_yaxis()
-    axes.set(xlabel="test accuracy, %", xlim=(0, 85))
+    axes.set(xlabel="test accuracy, %", xlim=(0, 92))
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9, columnspacing=1, handlelength=1)
     figure.savefig(path, dpi=200)
 

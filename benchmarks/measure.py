@@ -22,16 +22,20 @@ Step = Callable[[], Any]
 
 
 @contextmanager
-def noted(row: Row) -> Iterator[None]:
-    """Lets the other contestants go on where this one cannot; its row says why."""
+def noted(*rows: Row) -> Iterator[None]:
+    """Lets the other contestants, or cases, go on where these cannot; their rows say why."""
     try:
         yield
     except rivals.MissingError as error:
-        row.status = f"missing: {error}"
+        status = f"missing: {error}"
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
-        row.status = "out of memory" if out_of_memory else text
+        status = "out of memory" if out_of_memory else text
+    else:
+        return
+    for row in rows:
+        row.status = status
 
 
 def make_step(row: Row, student: torch.Tensor, teacher: torch.Tensor) -> Step:

@@ -21,12 +21,14 @@ does not dispatch, so its count is blank. On CUDA the kernels themselves are cou
 import argparse
 import logging
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,11 @@ def run_case(rows: list[Row], device: torch.device, repeats: int, min_time: floa
     """Fills in the rows of one shape and mode."""
     torch._dynamo.reset()  # else the shapes add up to torch.compile's limit of recompilations
     torch.manual_seed(0)
-    student, teacher = torch.randn(2, *rows[0].shape, device=device).to(getattr(torch, rows[0].dtype))
-    student.requires_grad_()
+    with measure.noted(*rows):  # the tensors themselves may be too large
+        student, teacher = torch.randn(2, *rows[0].shape, device=device).to(getattr(torch, rows[0].dtype))
+        student.requires_grad_()
+    if rows[0].status != "ok":
+        return
     steps: dict[int, measure.Step] = {}
     times: dict[int, list[Measurement]] = {i: [] for i in range(len(rows))}
     for i, row in enumerate(rows):
@@ -95,9 +100,10 @@ def table(rows: list[Row]) -> Table:
     first = rows[0]
     naive = next((row.median_ms for row in rows if row.label == "naive"), None)
     title = f"{first.rows} x {first.features}, {first.mode}; limit {first.limit_ms:.3g} ms"
-    result = Table("contestant", title=title, title_justify="left")
+    result = Table(title=title, title_justify="left")
+    result.add_column("contestant", no_wrap=True)
     for heading in ("ms", "over naive", "x limit", "peak MB", "operations"):
-        result.add_column(heading, justify="right")
+        result.add_column(heading, justify="right", overflow="fold")
     for row in rows:
         if row.status.startswith("missing"):
             continue  # said once, at the end
@@ -133,50 +139,66 @@ def commit() -> str:
 
 
 def shape(text: str) -> tuple[int, int]:
-    rows, _, features = text.partition("x")
-    return int(rows), int(features)
+    match = re.fullmatch(r"(\d{1,12})x(\d{1,12})", text)
+    rows, features = map(int, match.groups()) if match else (0, 0)
+    if rows < 2 or features < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given, ROWSxFEATURES of at least 2x1 expected, such as 128x768")
+    return rows, features
+
+
+def duration(text: str) -> float:
+    if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} given, a number of seconds above 0 expected, such as 0.1")
+    return float(text)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.throughput",
-        description="Time, memory and operations of the loss against its rivals. Writes nothing unless asked to.",
+        description="Time, memory and operations of the loss against its rivals: a table for each shape and mode. "
+        "Writes nothing unless asked to. On two cores all shapes take ten to twenty minutes, half that with "
+        "--no-compile; --quick takes half a minute, and --nproc 2 4 a few minutes.",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the embeddings (default: %(default)s)")
-    parser.add_argument("--autocast", choices=DTYPES[1:3], default="", help="run the losses under torch.autocast")
-    parser.add_argument(
-        "--shapes", type=shape, nargs="+", metavar="BxD", help="rows x features, such as 128x768 64x4096"
-    )
-    parser.add_argument("--modes", choices=MODES, nargs="+", default=MODES, help="default: both")
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--dtype", choices=DTYPES, default="float32", help="of the embeddings (default: %(default)s)")
+    add("--autocast", choices=DTYPES[1:3], default="", help="run the losses under torch.autocast")
+    add("--shapes", type=shape, nargs="+", metavar="BxD", help="rows x features, such as 128x768 64x4096")
+    add("--modes", choices=MODES, nargs="+", default=MODES, help="default: both")
     names = (*rivals.NAMES, *rivals.DISTRIBUTED)
-    parser.add_argument("--contestants", choices=names, nargs="+", metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--no-compile", action="store_true", help="eager contestants only")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds in which all take turns (default: %(default)s)")
-    parser.add_argument(
-        "--min-time", type=float, default=0.1, help="seconds for each in a round (default: %(default)s)"
-    )
-    parser.add_argument("--csv", type=Path, metavar="PATH", help="write the measurements there")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write speedup.png and width.png there")
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke test: small shapes, short timings, no compilation"
-    )
-    parser.add_argument(
-        "--table", type=Path, metavar="CSV", help="print the README's table of that file (and --plot it); run nothing"
-    )
-    parser.add_argument(
-        "--nproc", type=int, nargs="+", metavar="N", help="the loss of the batch of N processes on this machine's CPU"
-    )
-    parser.add_argument(
-        "--nproc-table", action="store_true", help="print the bytes sent on paper, up to 1024 processes; run nothing"
-    )
+    add("--contestants", choices=names, nargs="+", metavar="NAME", help=f"of {', '.join(names)}")
+    add("--no-compile", action="store_true", help="eager contestants only")
+    add("--repeats", type=report.count, default=5, help="rounds in which all take turns (default: %(default)s)")
+    add("--min-time", type=duration, default=0.1, help="seconds for each in a round (default: %(default)s)")
+    add("--csv", type=report.output, metavar="PATH", help="write the measurements there")
+    plots = partial(report.output, inside="speedup.png")
+    add("--plot", type=plots, metavar="DIR", help="write speedup.png and width.png there")
+    add("--quick", action="store_true", help="a smoke test: small shapes, short timings, no compilation")
+    add = parser.add_mutually_exclusive_group().add_argument
+    told = "print the README's table of that file (and --plot it); run nothing"
+    add("--table", type=report.measured, metavar="CSV", help=told)
+    told = "the loss of the batch of N processes on this machine's CPU"
+    add("--nproc", type=report.count, nargs="+", metavar="N", help=told)
+    told = "print the bytes sent on paper, up to 1024 processes; run nothing"
+    add("--nproc-table", action="store_true", help=told)
     args = parser.parse_args(argv)
     names = rivals.DISTRIBUTED if args.nproc else rivals.NAMES
     args.contestants = args.contestants or names
     if stray := set(args.contestants) - set(names):
-        parser.error(f"{', '.join(stray)}: not {'with' if args.nproc else 'without'} --nproc")
-    if args.nproc and (args.device == "cuda" or args.plot):
-        parser.error("--nproc measures on the CPU and plots nothing: leave out --device cuda and --plot")
+        where = f"{'with' if args.nproc else 'without'} --nproc"
+        parser.error(f"argument --contestants: {', '.join(stray)}: not {where}: give some of {', '.join(names)}")
+    if args.nproc and args.device == "cuda":
+        parser.error("argument --device: --nproc measures on the CPU: leave out --device cuda")
+    if args.plot and (args.nproc or args.nproc_table):
+        parser.error("argument --plot: --nproc and --nproc-table plot nothing: leave it out")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: cuda given, but torch finds no CUDA device here: leave it out for the CPU")
+    if args.csv and (args.table or args.nproc_table):
+        parser.error("argument --csv: nothing is measured with --table and --nproc-table: leave it out")
+    timed = ((row.label, row.mode) for row in args.table or () if row.median_ms)
+    timed = timed if args.table else product(args.contestants, args.modes)
+    if args.plot and ("naive", "value_and_grad") not in timed:
+        parser.error("argument --plot: naive's value_and_grad, to compare with, is missing: add it or do not plot")
     args.device = torch.device(args.device)
     if args.quick:
         quick = distributed.QUICK_SHAPES if args.nproc else QUICK_SHAPES
@@ -235,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.nproc_table:
         print(distributed.markdown_on_paper())
     elif args.table:
-        rows = report.read_csv(args.table)
+        rows = args.table
         print(report.markdown(rows))
     elif args.nproc:
         distributed.run(args, provenance(args.device, 1, argv), progress_bar(Console()))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are kept at the root, and all results, to which pages link."""
     home = (ROOT / "README.md").read_text().partition("\n## What it computes")[0]
-    pages = {"index.md": home.replace("](docs/", "](")}
+    pages = {"index.md": home.replace("](docs/", "](").replace("](benchmarks/results/", "](results/")}
     for name in ("contributing.md", "changelog.md"):
         text = (ROOT / f"{Path(name).stem.upper()}.md").read_text()
         pages[name] = text.replace("](README.md)", "](index.md)").replace("](docs/", "](")
@@ -37,20 +37,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Marks tables of figures; equations to MathML, which browsers draw without a script or a font from elsewhere."""
-    content = re.sub(r"<table>.*?</table>", figures, content, flags=re.S)
+    """Marks figures in tables; equations to MathML, which browsers draw without a script or a font from elsewhere."""
+    content = re.sub(r"<td(?=[^>]*>[-+]?[\d.])", "<td data-figure", content)
     content = re.sub(
         r'<div class="arithmatex">\\\[(.*?)\\\]</div>', lambda m: mathml(m[1], "block"), content, flags=re.S
     )
     return re.sub(
         r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: mathml(m[1], "inline"), content, flags=re.S
     )
-
-
-def figures(found: re.Match[str]) -> str:
-    cells = re.findall(r"<td[^>]*>(.*?)</td>", found[0], flags=re.S)
-    numbers = sum(bool(re.match(r"[-+]?[\d.]", cell)) for cell in cells)
-    return f'<div class="figures">{found[0]}</div>' if numbers > len(cells) / 2 else found[0]
 
 
 def mathml(equation: str, display: str) -> str:

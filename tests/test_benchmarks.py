@@ -1,4 +1,8 @@
 import csv
+import importlib
+import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +11,8 @@ from pool import SIZE
 
 from benchmarks import rivals
 from rsd_loss import rsd_loss
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(("rows", "features"), [(16, 24), (24, 16)])
@@ -161,11 +167,140 @@ def test_quick_run_of_several_processes(tmp_path):
         assert int(line["sent_bytes"]) == distributed.sent_bytes(*shape, 2, mode=line["mode"])[line["contestant"]]
 
 
-def test_contestants_of_the_other_benchmark_are_refused(capsys):
+# A command, what somebody asks of it, and the argument that its answer names. There is no {missing}; {file} is a file
+# and no table, {folder} a folder and {cut} one with the file of a run that was stopped.
+MISTAKES = [
+    *(("throughput", ["--shapes", text], f"--shapes: '{text}'") for text in ("0x192", "1x192", "128x0", "128", "axb")),
+    *(("throughput", ["--nproc", text], f"--nproc: '{text}'") for text in ("0", "-1", "two")),
+    ("throughput", ["--nproc", "2", "0"], "--nproc: '0'"),
+    ("throughput", ["--repeats", "0"], "--repeats: '0'"),
+    *(("throughput", ["--min-time", text], f"--min-time: '{text}'") for text in ("0", "nan", "inf", "short")),
+    ("throughput", ["--csv", "{folder}"], "--csv: '{folder}'"),
+    ("throughput", ["--csv", "{file}/a/b.csv"], "--csv: '{file}/a/b.csv'"),
+    ("throughput", ["--csv", "{missing}/a.csv", "--shapes", "0x1"], "--shapes: '0x1'"),
+    ("throughput", ["--plot", "{file}"], "--plot: '{file}'"),
+    ("throughput", ["--plot", "{folder}", "--contestants", "fused"], "--plot: naive's"),
+    ("throughput", ["--plot", "{folder}", "--modes", "value"], "--plot: naive's"),
+    ("throughput", ["--plot", "{folder}", "--nproc-table"], "--plot: --nproc"),
+    ("throughput", ["--nproc", "2", "--plot", "{folder}"], "--plot: --nproc"),
+    ("throughput", ["--nproc", "2", "--device", "cuda"], "--device: --nproc"),
+    ("throughput", ["--table", "{missing}"], "--table: '{missing}'"),
+    ("throughput", ["--table", "{file}"], "--table: '{file}'"),
+    ("throughput", ["--nproc-table", "--nproc", "2"], "--nproc: not allowed with argument --nproc-table"),
+    ("throughput", ["--nproc-table", "--csv", "{missing}"], "--csv: nothing is measured"),
+    ("throughput", ["--device", "cuda"], "--device: cuda"),
+    ("throughput", ["--contestants", "distributed"], "--contestants: distributed"),
+    ("throughput", ["--nproc", "2", "--contestants", "naive"], "--contestants: naive"),
+    ("distributed", ["--quick", "--nproc", "0"], "--nproc: '0'"),
+    ("overhead", ["--csv", "{folder}"], "--csv: '{folder}'"),
+    ("overhead", ["--csv", "{file}/a.csv"], "--csv: '{file}/a.csv'"),
+    ("evidence", ["--results", "{missing}"], "--results: '{missing}/distill.csv'"),
+    ("evidence", ["--results", "{cut}"], "--results: '{cut}/distill.csv'"),
+    ("triton_resources", ["--csv", "{folder}"], "--csv: '{folder}'"),
+]
+COMMANDS = {  # and what it takes to import them
+    "throughput": ["rich", "matplotlib"],
+    "distributed": ["rich"],
+    "overhead": ["rich", "timm", "torchvision"],
+    "evidence": ["rich", "timm", "torchvision", "matplotlib"],
+    "triton_resources": ["triton"],
+}
+
+
+def command(name):
+    for module in COMMANDS[name]:
+        pytest.importorskip(module)
+    return importlib.import_module(f"benchmarks.{name}").main
+
+
+@pytest.mark.parametrize(("name", "argv", "named"), MISTAKES)
+def test_mistakes_are_answered_before_any_work(name, argv, named, tmp_path, capsys, monkeypatch):
+    main = command(name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    places = {place: str(tmp_path / place) for place in ("missing", "file", "folder", "cut")}
+    (tmp_path / "file").write_text("no table\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "cut").mkdir()
+    header = (RESULTS / "distill.csv").read_text().splitlines()[0]
+    (tmp_path / "cut" / "distill.csv").write_text(f"{header}\ncifar100-20,1,cnn_vit,rsd\n")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        main([*(word.format(**places) for word in argv), *["--quick"] * (name == "throughput")])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    usage, _, message = err.partition(": error: ")
+    assert usage.startswith("usage: python -m benchmarks.")
+    assert message.startswith(f"argument {named.format(**places)}"), message
+    assert message.endswith("\n")
+    assert message.count("\n") == 1
+    assert not out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_interpreter_in_place_of_the_compiler(capsys, monkeypatch):
+    main = command("triton_resources")
+    monkeypatch.setattr("rsd_loss._triton._moments", None)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "error: TRITON_INTERPRET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_how_long_it_takes(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(name)(["--help"])
+    assert not ended.value.code
+    assert re.search(r"\b(seconds|minutes?)\b", capsys.readouterr().out.partition("options:")[0])
+
+
+def test_tensors_that_do_not_fit():
     pytest.importorskip("rich")
     from benchmarks import throughput
 
-    for argv in (["--contestants", "distributed"], ["--nproc", "2", "--contestants", "naive"]):
-        with pytest.raises(SystemExit):
-            throughput.main(["--quick", *argv])
-        assert f"{argv[-1]}: not with" in capsys.readouterr().err
+    rows = [throughput.Row(name, False, 2**30, 2**29, "float32", "", "value") for name in ("naive", "fused")]
+    throughput.run_case(rows, torch.device("cpu"), 1, 1e-3, lambda: None)
+    assert [row.status for row in rows] == ["out of memory"] * 2
+
+
+def printed(table):
+    from rich.console import Console
+
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_tables_have_whole_names_at_80_columns():
+    pytest.importorskip("rich")
+    from benchmarks import distributed, throughput
+
+    status = "RuntimeError: no/such/file/whose/name/is/longer/than/a/column.so cannot be loaded"
+    rows = [throughput.Row("naive", False, 128, 8192, "float32", "", "value", 62300.0, 1.0, 10.0, 2_500_000_000, 12345)]
+    rows += [throughput.Row("reference", True, 128, 8192, "float32", "", "value", 12300.0, 1.0, 10.0, 2_500_000_000)]
+    out = printed(throughput.table([*rows, throughput.Row("lightly", False, 128, 8192, "", "", "", status=status)]))
+    assert "reference + compile" in out
+    assert "…" not in out
+    rows = [distributed.Row(name, 4, 128, 8192, "float32", "", "value") for name in rivals.DISTRIBUTED]
+    for row in rows[:2]:
+        row.median_ms, row.sent_bytes, row.peak_bytes = 12345.0, 123_456_000, 2_500_000_000
+    rows[2].status = status
+    out = printed(distributed.table(rows))
+    assert all(name in out for name in rivals.DISTRIBUTED)
+    assert "…" not in out
+
+
+def test_overhead_has_whole_names_at_80_columns():
+    command("overhead")
+    from benchmarks import overhead
+
+    counts = {"student_parameters": 15_350_872, "rsd_added": 5_248_000, "ofa_added": 28_187_040}
+    counts |= {"rsd_percent": 223.1, "ofa_percent": 293.6}
+    pairs = [(c, s, t) for c, students in overhead.PAIRS.items() for s, teachers in students.items() for t in teachers]
+    out = printed(overhead.table([{"classes": c, "student": s, "teacher": t, **counts} for c, s, t in pairs]))
+    lines = [line for line in out.splitlines() if "28.19 (293.6 %)" in line]
+    assert len(lines) == len(pairs)
+    for line, (_, student, teacher) in zip(lines, pairs, strict=True):
+        assert student in line
+        assert teacher in line
+        assert "5.25 (223.1 %)" in line
+    assert "…" not in out
