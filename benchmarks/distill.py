@@ -444,6 +444,7 @@ class Bench:
         student = self.model(name)  # first, so that its weights are the same for every method
         added = nn.ModuleList()
         term = method_named(run.method).build(self.setup(name, student, teacher, targets, run), added)
+        self.student = student  # the last one, for those who want to look at it
         return self.fit(name, student, run, term, added.to(self.device), targets)
 
 

@@ -54,8 +54,8 @@ def groups(lines: Iterable[Line]) -> list[list[Line]]:
     return sorted(found.values(), key=lambda group: -statistics.mean(accuracies(group)))
 
 
-def accuracies(group: list[Line]) -> list[float]:
-    return [float(line["test"]) for line in group]
+def accuracies(group: list[Line], split: str = "test") -> list[float]:
+    return [float(line[split]) for line in group]
 
 
 def spread(values: list[float]) -> str:
@@ -92,6 +92,17 @@ def markdown(lines: list[Line], pair: str, steps: list[Line]) -> str:
     return "\n".join(table)
 
 
+def variants(lines: list[Line], pair: str, labelled: str = "1") -> str:
+    """One line per method with its settings, the best on validation first."""
+    here = groups(line for line in lines if (line["pair"], line["labelled"]) == (pair, labelled))
+    table = ["| method | weight | kappa | seeds | validation, % | test, % |", "|---" * 6 + "|"]
+    for group in sorted(here, key=lambda group: -statistics.mean(accuracies(group, "validation"))):
+        cells = [f"`{group[0]['method']}`", group[0]["weight"], group[0]["kappa"], str(len(group))]
+        cells += [spread(accuracies(group, split)) for split in ("validation", "test")]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
 def tuning(lines: list[Line], pair: str, batch: str) -> str:
     """One line per method: validation accuracy by weight, and the test accuracy where that is best; kappa is 0.01."""
     found: dict[str, list[Line]] = {}
@@ -108,17 +119,17 @@ def tuning(lines: list[Line], pair: str, batch: str) -> str:
     return "\n".join(table)
 
 
-def origin(lines: list[Line]) -> str:
+def origin(lines: list[Line], module: str = "benchmarks.distill") -> str:
     """Where and when the lines come from, and commands that make them all; in the file each has its own."""
     machines = "; ".join(dict.fromkeys(f"{line['device']}, torch {line['torch']}" for line in lines))
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     dates = sorted({line["date"] for line in lines})
     text = f"{machines}; commits {commits}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "") + ":"
-    return "\n".join([text, "", "<!-- not run: hours of training -->", "```", *commands(lines), "```"])
+    return "\n".join([text, "", "<!-- not run: hours of training -->", "```", *commands(lines, module), "```"])
 
 
-def commands(lines: list[Line]) -> list[str]:
-    """Few calls of benchmarks.distill that together plan these runs and no others."""
+def commands(lines: list[Line], module: str = "benchmarks.distill") -> list[str]:
+    """Few calls of a benchmark of training that together plan these runs and no others."""
     calls = [options(line) for line in lines if line["method"] != "teacher"]  # teachers are trained on the way
     for name in ("--seeds", "--batches", "--weights", "--kappas", "--methods", "--pairs"):
         # Calls that differ in this option only are one with all its values.
@@ -128,7 +139,7 @@ def commands(lines: list[Line]) -> list[str]:
             joined.setdefault(rest, set()).update(call[name])
         calls = [{**dict(rest), name: tuple(sorted(values))} for rest, values in joined.items()]
     words = ([word for item in call.items() for word in (item[0], *item[1])] for call in calls)
-    return [shlex.join(["python", "-m", "benchmarks.distill", *call]) for call in words]
+    return [shlex.join(["python", "-m", module, *call]) for call in words]
 
 
 def options(line: Line) -> dict[str, tuple[str, ...]]:

@@ -7,13 +7,16 @@ scenes are looked at once, when a run is over. Otherwise as benchmarks.distill.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
+from rich.progress import Progress
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -149,8 +152,36 @@ SEGMENTATION = Task(
 )
 
 
+def picture(argv: Sequence[str], path: Path) -> None:
+    """A validation scene, its labels, and what the students of two planned runs make of it."""
+    args = distill.parse(argv, SEGMENTATION)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bench = distill.Bench(SEGMENTATION, args, Progress())
+    scene, labels = (x[len(x) // 2] for x in bench.data.validation)
+    panels = {"scene": scene.permute(1, 2, 0).cpu().numpy(), "labels": labels}
+    for run in distill.planned(args):
+        bench.distil(run)
+        with torch.no_grad():
+            panels[f"{run.method}, {run.validation:.1f} %"] = bench.student(normalise(scene[None])).argmax(1)[0]
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    for axes, (title, panel) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        if isinstance(panel, Tensor):
+            panel = np.ma.masked_equal(panel.cpu().numpy(), UNLABELLED)
+        axes.imshow(panel, cmap="tab20", vmin=0, vmax=19, interpolation="nearest")
+        axes.set_title(title, fontsize=10)
+        axes.axis("off")
+    figure.savefig(path, dpi=150)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    distill.main(argv, SEGMENTATION)
+    """As benchmarks.distill; or `--picture FILE`, with two methods and one of everything else, draws one scene."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--picture" in words:
+        at = words.index("--picture")
+        picture(words[:at] + words[at + 2 :], Path(words[at + 1]))
+    else:
+        distill.main(argv, SEGMENTATION)
 
 
 if __name__ == "__main__":

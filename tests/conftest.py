@@ -1,6 +1,7 @@
 """Shared data, and the loss under test in each of its implementations, eager and compiled."""
 
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,12 @@ from pool import Pool
 import rsd_loss
 
 DATA = Path(__file__).parent / "data"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+# Where the numerical tests make their tensors: RSD_TEST_DEVICE=cuda, say.
+DEVICE = os.environ.get("RSD_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 IMPLEMENTATIONS = ("reference", "fused")  # triton has a process of its own, for its interpreter
 
 # The compiled loss is one function that every test calls with shapes, dtypes and settings of its own.
@@ -19,12 +26,19 @@ setattr(torch._dynamo.config, "recompile_limit" if _new else "cache_size_limit",
 setattr(torch._dynamo.config, "accumulated_recompile_limit" if _new else "accumulated_cache_size_limit", 4096)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Triton's interpreter has a process of its own, so each process leaves the other's tests out of its list."""
+    elsewhere = "compiled" if os.environ.get("TRITON_INTERPRET") == "1" else "interpreted"
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(elsewhere)])
+    items[:] = [item for item in items if not item.get_closest_marker(elsewhere)]
+
+
 @functools.cache
 def compiled_loss():
     return torch.compile(rsd_loss.rsd_loss, fullgraph=True, dynamic=True)
 
 
-@pytest.fixture(params=[*IMPLEMENTATIONS, *(f"{name}-compiled" for name in IMPLEMENTATIONS)])
+@pytest.fixture(params=[*IMPLEMENTATIONS, "fused-compiled"])  # test_compile has the plain formula compiled
 def loss(request):
     """rsd_loss with the implementation fixed, called as it is or compiled."""
     name, _, compiled = request.param.partition("-")
@@ -48,17 +62,18 @@ def golden():
 
 def pair(rows, features, dtype=torch.float64, seed=0):
     """A student and a teacher that are correlated, shifted and of unequal scale."""
-    generator = torch.Generator().manual_seed(seed)
-    student = torch.randn(rows, features, generator=generator, dtype=torch.float64)
-    teacher = torch.randn(rows, features, generator=generator, dtype=torch.float64) + 0.5 * student
-    scale = torch.rand(features, generator=generator, dtype=torch.float64) + 0.5
-    return (student * scale + 1).to(dtype), (2 * teacher * scale - 3).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = {"generator": generator, "dtype": torch.float64, "device": "cpu"}  # the same numbers on every device
+    student = torch.randn(rows, features, **drawn)
+    teacher = torch.randn(rows, features, **drawn) + 0.5 * student
+    scale = torch.rand(features, **drawn) + 0.5
+    return (student * scale + 1).to(DEVICE, dtype), (2 * teacher * scale - 3).to(DEVICE, dtype)
 
 
 def upstream(shape, dtype, seed=1):
     """A random gradient to pull back: ones would hide a factor lost or a sum taken twice."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE, dtype)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMPLEMENTATIONS, pair, upstream
+from conftest import DEVICE, IMPLEMENTATIONS, pair, upstream
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.torch_version import TorchVersion
 
@@ -39,7 +39,7 @@ def test_static_shapes_autocast_and_teacher_gradients(implementation, shape):
     for enabled in (False, True):
         results = []
         for f in (compiled, module):
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
                 value = f(student, teacher)
             results.append([value, *torch.autograd.grad(value, (student, teacher), upstream(value.shape, value.dtype))])
         # bfloat16 has 8 bits, and a compiler may keep more of an intermediate than eager does.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import pair
+from conftest import DEVICE, pair
 from test_memory import SYNCHRONISING, Watch
 
 from rsd_loss import cross_correlation
@@ -48,7 +48,7 @@ def test_summary(shape):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_summary_in_other_dtypes(dtype, autocast):
     student, teacher = pair(40, 24, dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         got = summary(student, teacher)
     assert all(x.dtype == torch.float32 for x in got)
     want = summary(student.double(), teacher.double())

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from rsd_loss import DecouplingProjector, RSDLoss, cross_correlation, rsd_loss
 from rsd_loss.features import dense_pairs, pool
@@ -150,7 +151,7 @@ def test_projector_input():
         projector((torch.randn(8, 4),))
     with pytest.raises(TypeError, match=r"student is torch.bfloat16 and the projector torch.float32: .*autocast"):
         projector(torch.randn(8, 4, dtype=torch.bfloat16))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert projector(torch.randn(8, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"student is on meta and the projector on cpu: move it with"):
         projector(torch.randn(8, 4, device="meta"))

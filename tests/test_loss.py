@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import golden, pair, upstream
+from conftest import compiled_loss, golden, pair, upstream
 from oracle import oracle
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -92,7 +92,16 @@ def test_value_without_gradient_is_the_same(loss, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_terms(loss, shape):
+def test_terms(implementation, shape):
+    terms_are_those_of_the_matrix(functools.partial(rsd_loss, implementation=implementation), shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_terms_compiled(shape):
+    terms_are_those_of_the_matrix(compiled_loss(), shape)
+
+
+def terms_are_those_of_the_matrix(loss, shape):
     student, teacher = pair(*shape)
     student.requires_grad_()
     for reduction in ("sum", "mean", "none"):
@@ -165,7 +174,17 @@ def test_memory_layout(implementation, shape, layout):
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (1030, 8)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("constant", [0.0, 0.1])
-def test_dead_features(loss, shape, dtype, constant):
+def test_dead_features(implementation, shape, dtype, constant):
+    dead_features(functools.partial(rsd_loss, implementation=implementation), shape, dtype, constant)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (1030, 8)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_dead_features_compiled(shape, dtype):
+    dead_features(compiled_loss(), shape, dtype, 0.1)
+
+
+def dead_features(loss, shape, dtype, constant):
     student, teacher = pair(*shape, dtype)
     student[:, 0] = student[:, 1] = teacher[:, 1] = teacher[:, 2] = constant
     student.requires_grad_()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMPLEMENTATIONS
+from conftest import DEVICE, IMPLEMENTATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +17,8 @@ checked = settings(max_examples=40, deadline=None)
 
 
 def embeddings(shape, seed):
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    student, teacher = torch.randn(2, *shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
     return student, teacher
 
 
@@ -26,7 +26,7 @@ def embeddings(shape, seed):
 @given(shape=shapes, kappa=kappas, seed=seeds)
 def test_order_of_the_batch_changes_nothing(implementation, shape, kappa, seed):
     student, teacher = embeddings(shape, seed)
-    order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(shape[0], generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     a = rsd_loss(student, teacher, kappa=kappa, implementation=implementation)
     b = rsd_loss(student[order], teacher[order], kappa=kappa, implementation=implementation)
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)

@@ -108,7 +108,7 @@ def test_plain_loop_resumes_exactly(recipe, tmp_path):
 
 
 def test_plain_loop(recipe):
-    assert recipe("plain_loop").main() > 80
+    assert recipe("plain_loop").main(epochs=4) > 50
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("cnn", "vit"), ("vit", "swin"), ("swin", "mixer"), ("mixer", "cnn")])
@@ -140,7 +140,7 @@ def test_timm_loop_takes_any_two_by_changing_names(recipe, student, teacher):
 
 def test_timm_loop(recipe):
     needs("timm")
-    assert recipe("timm_loop").main(epochs=4) > 40  # of ten classes; it takes eight epochs to come to 90
+    assert recipe("timm_loop").main(epochs=2) > 15  # a tenth is chance; it takes eight epochs to come to 90
 
 
 def test_timm_loop_compiled(recipe):
@@ -217,16 +217,16 @@ def test_timm_distributed_and_checkpoint(recipe, tmp_path):
 
 def test_timm(recipe):
     needs("timm")
-    task, accuracy = recipe("with_timm").main(epochs=8)
+    task, accuracy = recipe("with_timm").main(epochs=4)
     assert_trained(task.get_trainable_module().projection)
-    assert accuracy > 50
+    assert accuracy > 25
 
 
 def test_torchvision(recipe):
     needs("torchvision")
     module = recipe("with_torchvision")
-    student, teacher, accuracy = module.main(epochs=5)
-    assert accuracy > 50
+    student, teacher, accuracy = module.main(epochs=3)
+    assert accuracy > 25
 
     before, before_student = snapshot(teacher.train()), snapshot(student)
     batches = [next(iter(module.loader(recipe("digits").load_splits()[0])))]
@@ -398,9 +398,9 @@ def test_trainer_with_distributed_data_parallel(tmp_path):
 def test_trainer(recipe):
     needs("transformers")
     needs("accelerate")
-    trainer, accuracy = recipe("with_trainer").main(epochs=5)
+    trainer, accuracy = recipe("with_trainer").main(epochs=3)
     assert_trained(trainer.model.projector)
-    assert accuracy > 50
+    assert accuracy > 25
 
 
 def test_torchdistill(recipe):

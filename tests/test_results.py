@@ -23,6 +23,14 @@ def test_parameters_added():
     assert now == then, "run python -m benchmarks.overhead --csv benchmarks/results/overhead.csv again"
 
 
+def test_the_pair_that_the_paper_quotes():
+    lines = read("overhead.csv")
+    (line,) = (x for x in lines if (x["classes"], x["teacher"], x["student"]) == ("1000", "ConvNeXt-T", "Swin-N"))
+    assert int(line["student_parameters"]) / 1e6 == pytest.approx(9.6, abs=0.05)
+    assert int(line["ofa_added"]) / 1e6 == pytest.approx(28.2, abs=0.05)
+    assert int(line["rsd_added"]) == 512 * 1024 + 2 * 1024 + 1024 * 768
+
+
 def test_methods_are_those_of_the_results():
     """To 1e-3: rounding differs by 1e-5 between numbers of threads, a step of Adam makes more of it."""
     from benchmarks import probe

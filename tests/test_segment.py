@@ -88,3 +88,12 @@ def test_what_needs_labels_is_refused_without(scenes, capsys):
     with pytest.raises(SystemExit):
         segment.main(["--data", str(scenes), "--labelled", "8", "--methods", "dkd"])
     assert "dkd needs the label of every image" in capsys.readouterr().err
+
+
+def test_picture(scenes, tmp_path):
+    few = ["--epochs", "1", "--teacher-epochs", "1", "--batches", "4", "--views", "1", "--seeds", "0", "--threads", "1"]
+    which = ["--pairs", "cnn_vit", "--methods", "none", "rsd_dense", "--labelled", "8"]
+    places = ["--data", str(scenes), "--cache", str(tmp_path), "--csv", str(tmp_path / "runs.csv")]
+    segment.main([*places, *few, *which, "--picture", str(tmp_path / "scene.png")])
+    drawn = np.asarray(Image.open(tmp_path / "scene.png"))
+    assert min(part.std() for half in np.array_split(drawn, 2) for part in np.array_split(half, 2, axis=1)) > 1

@@ -21,11 +21,15 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+interpreted = pytest.mark.interpreted  # left to test_in_the_interpreter, see conftest.py
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Fewest rows, one feature, and both; a tile is 32 x 32, so one short of it, one over it, and it; far taller; far wider;
 # over 512 rows, whose moments are merged from parts (three here, the last one short).
 SHAPES = [(2, 1), (2, 7), (9, 1), (31, 33), (33, 31), (32, 32), (70, 5), (5, 130), (1100, 7)]
+
+# 1e4 is beyond the range of float16, or takes all digits.
+SCALES = [(dtype, *case) for case in ((0, 1e-4), (100, 1)) for dtype in DTYPES]
+SCALES += [(dtype, *case) for case in ((0, 1e4), (1e4, 1), (1e4, 1e-4)) for dtype in DTYPES[:2]]
 
 
 def round_half(data, source, target, _):
@@ -144,13 +148,10 @@ def test_strides(shape):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (600, 3)], ids=str)
-@pytest.mark.parametrize(("offset", "scale"), [(0, 1e-4), (0, 1e4), (100, 1), (1e4, 1), (1e4, 1e-4)], ids=str)
+@pytest.mark.parametrize(("dtype", "offset", "scale"), SCALES, ids=str)
 def test_offsets_and_scales(shape, dtype, offset, scale):
     student, teacher = (scale * (x + offset) for x in pair(*shape))
-    if dtype == torch.float16 and (offset == 1e4 or scale == 1e4):
-        pytest.skip("beyond the range of float16, or all digits gone")
     check(student.to(dtype), teacher.to(dtype), grads="s")
 
 
@@ -319,7 +320,7 @@ def test_float64_is_refused():
         rsd_loss(student.float(), teacher, implementation="triton")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on any device")
+@pytest.mark.compiled  # the interpreter runs on any device
 def test_cpu_tensors_are_refused():
     student, teacher = pair(5, 7, torch.float32)
     with pytest.raises(RuntimeError, match="CUDA"):
@@ -334,7 +335,8 @@ def test_without_triton(monkeypatch):
     assert "not installed" in module.unavailable(torch.zeros(2, 2))
 
 
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU, and the compiler")
+@pytest.mark.compiled
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (128, 768), (1000, 1100), (50_176, 384)], ids=str)
 def test_on_a_gpu(shape, dtype):
@@ -346,7 +348,7 @@ def test_on_a_gpu(shape, dtype):
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, want)))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the process of its own")
+@pytest.mark.compiled
 def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", __file__]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)

@@ -59,7 +59,7 @@ def distil(teacher: ConvTeacher, train: Split, epochs: int, checkpoint: Path) ->
     return student, projector
 
 
-def main() -> float:
+def main(epochs: int = 10) -> float:
     """Returns the student's test accuracy in percent."""
     train, _, test = load_splits()
     torch.manual_seed(0)
@@ -67,8 +67,8 @@ def main() -> float:
     train_teacher(teacher, all_shifts(train.images), train.labels, epochs=5)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "last.pt"
-        distil(teacher, train, 5, checkpoint)  # stopped here
-        student, _ = distil(teacher, train, 10, checkpoint)  # goes on at epoch 5
+        distil(teacher, train, epochs // 2, checkpoint)  # stopped here
+        student, _ = distil(teacher, train, epochs, checkpoint)  # goes on from there
     result = accuracy(student.cpu().eval(), test)
     print(f"test accuracy: teacher {accuracy(teacher.cpu(), test):.1f} %, student {result:.1f} %")
     return result
