@@ -253,6 +253,25 @@ def test_transformer_teacher_is_taught_by_a_cnn(run):
     ]
 
 
+def test_labels_held_back_teach_nothing(tmp_path):
+    from benchmarks import probe
+
+    def losses(labels):
+        data = probe.noise(distill.CLASSIFICATION)
+        split = data.train._replace(labels=labels)
+        task = distill.CLASSIFICATION._replace(source=str, load=lambda *_: data._replace(train=split))
+        few = ["--epochs", "1", "--teacher-epochs", "1", "--batches", "8", "--views", "1", "--seeds", "0"]
+        which = ["--data", "noise", "--cache", str(tmp_path), "--pairs", "cnn_cnn", "--methods", "none"]
+        args = distill.parse([*which, *few, "--labelled", "4"], task)
+        (run,) = distill.planned(args)
+        return distill.Bench(task, args, distill.Progress(disable=True)).distil(run)
+
+    labels = torch.arange(16) % 5
+    others = torch.where(torch.arange(16) % 4 == 0, labels, 4 - labels)
+    assert losses(labels) == losses(others)
+    assert losses(labels) != losses(4 - labels)
+
+
 def test_bfloat16(run):
     (_, line) = run("--pairs", "small_cnn_coarse", "--methods", "none", "--bfloat16", name="half.csv")
     assert line["precision"] == "bfloat16"

@@ -36,6 +36,7 @@ def test_labels_move_with_their_images():
     for view in ([4, 4, 0], [4, 4, 1], [1, 7, 0], [8, 0, 1]):
         images, moved = segment.in_views(split, torch.tensor([0]), torch.tensor([view]))
         kept = moved != segment.UNLABELLED
+        assert kept.all() == (view[:2] == [4, 4])  # a shift leaves an edge without labels
         assert torch.equal(images[:, 0][kept], segment.normalise(moved[kept]))
         assert (images[:, 0][~kept] == segment.normalise(torch.zeros(()))).all()
 
