@@ -115,7 +115,7 @@ def _group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None
             warnings.warn(
                 "gather_distributed=True has no effect: WORLD_SIZE says that there are other processes, but "
                 "torch.distributed is not initialised. Call init_process_group before the first loss",
-                stacklevel=5,
+                stacklevel=6,
             )
         return None
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
