@@ -19,8 +19,8 @@ class Summary(NamedTuple):
         effective_rank: Of the standardised student, from 1 to min(B - 1, D): the exponential of the entropy of its
             singular values (Roy and Vetterli, 2007). It falls when features become redundant.
         linear_cka: Linear centred kernel alignment (Kornblith et al., 2019), at most 1. Unlike the diagonal it does
-            not ask that features match one by one. From the unbiased estimator (Song et al., 2012), so that it is
-            about 0 for unrelated features, however many there are; nan for fewer than four rows.
+            not ask that features match one by one. It uses the unbiased estimator (Song et al., 2012), so
+            unrelated features give about 0 at any width. It is nan for fewer than four rows.
     """
 
     mean_diagonal: Tensor
@@ -31,7 +31,7 @@ class Summary(NamedTuple):
 
 @torch.no_grad()
 def summary(student: Tensor, teacher: Tensor, *, eps: float = 1e-5) -> Summary:
-    """Four numbers about a batch, each through the smaller of a (B, B) and a (D, D) matrix.
+    """Four numbers about a batch. No matrix larger than the smaller of (B, B) and (D, D) is formed.
 
     Meant for every hundredth step or so: the singular values make a GPU wait.
 

@@ -18,8 +18,9 @@ def pool(x: Tensor, *, prefix_tokens: int = 0, channels_last: bool | None = None
     Args:
         x: (B, C, H, W) map, (B, H, W, C) map with ``channels_last=True``, or (B, N, C) tokens; any floating dtype.
         prefix_tokens: How many tokens ahead of the patches (class, register, distillation) to leave out.
-        channels_last: Whether the shape of a map ends with its channels, as that of timm's Swin does. None stands for
-            False, but refuses a map that looks as if it did. This is about shapes: memory may be in either format.
+        channels_last: Whether the shape of a map ends with its channels, as that of timm's Swin does. None means
+            False, but raises for a map that looks as if its channels were last. Only the order of the dimensions
+            matters, not the memory format.
 
     Returns:
         (B, C) embeddings.
@@ -46,8 +47,8 @@ def dense_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Every spatial position as a sample of its own, for the loss on 2-D features.
 
-    Both sides are averaged (never interpolated up, which would only repeat samples) onto the finest grid that
-    neither exceeds, row and column counts taken apart; then positions become rows.
+    Both sides are averaged onto a common grid, which has the smaller of the two row counts and the smaller of the two
+    column counts. Neither is interpolated up, which would only repeat samples. Then positions become rows.
 
     Args:
         student: (B, C_student, H, W) map, (B, H, W, C_student) map with ``channels_last``, or (B, N, C_student) tokens.

@@ -20,8 +20,8 @@ _NAMES = {"reduction": get_args(Reduction), "implementation": get_args(Implement
 class RSDTerms(NamedTuple):
     """The two parts of the loss, detached, for logging.
 
-    They are reduced as the loss is (over features: averaged for ``reduction="mean"``, summed otherwise), so that
-    the reduced loss equals ``invariance + kappa * decorrelation``.
+    Both are averaged over features for ``reduction="mean"`` and summed otherwise. For ``"sum"`` and ``"mean"``,
+    ``invariance + kappa * decorrelation`` is the loss.
 
     Attributes:
         invariance: Scalar, sum_i (P_ii - 1)^2; 0 when every student feature matches its teacher feature.
@@ -79,25 +79,25 @@ def rsd_loss(
     $$ L = \sum_i (P_{ii} - 1)^2 + \kappa \sum_{i \ne j} P_{ij}^2 $$
 
     The diagonal ties each student feature to its teacher feature (invariance maximisation); the off-diagonal keeps
-    it from repeating the others (feature decorrelation). Source: Zhang, Liu, Ran and Ma, "Cross-Architecture
-    Distillation Made Simple with Redundancy Suppression", ICCV 2025, arXiv 2507.21844.
+    each student feature from following other features of the teacher (feature decorrelation). Source: Zhang, Liu, Ran
+    and Ma, "Cross-Architecture Distillation Made Simple with Redundancy Suppression", ICCV 2025, arXiv 2507.21844.
 
     Args:
-        student: (B, D) student embeddings, usually from ``DecouplingProjector``; B >= 2; float16, bfloat16,
-            float32 or float64.
+        student: (B, D) student embeddings, usually from ``DecouplingProjector``; B >= 2 (gathering, over all processes
+            together); float16, bfloat16, float32 or float64.
         teacher: (B, D) teacher embeddings of the same samples in the same order. A teacher that requires grad gets
             its gradient; use ``torch.no_grad()`` around a frozen one.
         kappa: Weight of the decorrelation term; the paper's value is 0.01.
         eps: Added to the standard deviation (outside the root), in the units of the embeddings.
         reduction: ``"sum"`` is the paper's loss; ``"mean"`` divides it by D, so that its weight does not depend on
             the width; ``"none"`` gives the (D,) losses of the student's features.
-        gather_distributed: Take the batch to be that of all processes in ``process_group``, whose numbers of rows may
-            differ. Every process gets the same loss, and gradients whose average over the processes, which
-            DistributedDataParallel and FSDP take, is the gradient of that loss. All processes must make the call. No
+        gather_distributed: Compute the loss of the batch of all processes in ``process_group``, which may hold
+            different numbers of rows. Every process gets the same loss. The average of the processes' gradients is
+            its gradient; DistributedDataParallel and FSDP take that average. All processes must make the call. No
             effect in a single process.
         process_group: The processes to gather over; the default group if None.
-        implementation: ``"auto"`` picks the fastest; ``"fused"``, ``"triton"`` and ``"reference"`` give the same
-            numbers by different means.
+        implementation: ``"auto"`` picks ``"fused"``, or ``"reference"`` for ``torch.func`` transforms and DTensors;
+            all give the same numbers by different means.
         return_terms: Also return the two terms.
 
     Returns:
@@ -106,8 +106,8 @@ def rsd_loss(
 
     Raises:
         TypeError: An embedding is not a floating-point tensor, or kappa or eps not a number.
-        ValueError: Shapes, devices, ranges or names do not fit, in this process or, gathering, between processes; the
-            message says which and what to do.
+        ValueError: Shapes, devices, ranges or names do not fit, in this process or (with
+            ``gather_distributed=True``) between processes; the message says which and what to do.
         RuntimeError: The implementation named cannot run here; the message says why.
     """
     settings = (kappa, eps, reduction, implementation, gather_distributed, process_group)
@@ -145,7 +145,7 @@ def cross_correlation(
         process_group: The processes to gather over; the default group if None.
 
     Returns:
-        (D_teacher, D_student) matrix with entries in [-1, 1]; of the dtype a product of the two would have.
+        (D_teacher, D_student) matrix with entries in [-1, 1], in the dtype of a matrix product of student and teacher.
 
     Raises:
         TypeError: An embedding is not a floating-point tensor, or eps not a number.

@@ -24,8 +24,9 @@ class RSDLoss(nn.Module):
         eps: Added to the standard deviation, in the units of the embeddings.
         reduction: ``"sum"`` (the paper), ``"mean"`` or ``"none"``.
         gather_distributed: Take the batch to be that of all processes in ``process_group``.
-        process_group: The processes to gather over; the default group if None. A deep copy keeps the group; pickling a
-            module that has one raises, as it exists in its process only: set ``process_group = None`` first.
+        process_group: The processes to gather over; the default group if None. A deep copy keeps the group. A group
+            exists in its own process only, so pickling a module that holds one raises: set ``process_group = None``
+            first.
         implementation: ``"auto"``, ``"fused"``, ``"triton"`` or ``"reference"``.
         return_terms: Return ``(loss, RSDTerms)`` rather than the loss.
 
@@ -100,8 +101,9 @@ class DecouplingProjector(nn.Module):
         dtype: Dtype of the parameters.
 
     Shape:
-        Input (B, in_features), output (B, out_features), both of the parameters' dtype, float32 by default, or of
-        autocast's. B >= 2 in training mode, as for any BatchNorm1d.
+        Input (B, in_features), output (B, out_features). Both have the parameters' dtype, float32 by default; under
+        autocast the input may have another, and the output has autocast's. B >= 2 in training mode, as for any
+        BatchNorm1d.
 
     Raises:
         TypeError: A width or the expansion is not an int; in forward, the embedding has another dtype.
