@@ -24,6 +24,7 @@ TASKS = {
     "distill": CLASSIFICATION,
     "sensitivity": CLASSIFICATION,
     "dense": CLASSIFICATION,
+    "width": CLASSIFICATION,
     "segment": segment.SEGMENTATION,
 }
 

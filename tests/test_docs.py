@@ -144,6 +144,9 @@ def test_evidence_tables_are_those_of_the_results():
     assert evidence.origin(settings) in page
     assert evidence.tuning(settings, *evidence.TUNED) in page
     assert overhead.markdown(evidence.RESULTS / "overhead.csv") in page
+    page, dense = (ROOT / "docs" / "features.md").read_text(), evidence.read(evidence.RESULTS / "dense.csv")
+    assert evidence.variants(dense, "small_cnn_coarse") in page
+    assert evidence.origin(dense) in page
 
 
 def test_digits_example(tmp_path):
