@@ -511,6 +511,14 @@ def source(text: str) -> str:
     return text
 
 
+def device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here: {str(error).splitlines()[0]}") from error
+    return text
+
+
 def method_name(text: str) -> str:
     try:
         method_named(text)
@@ -542,7 +550,7 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
     add("--warmup", type=float, help="share of the run over which the weight grows (default: the method's own)")
     add("--teacher-epochs", type=int, help="default: %(default)s")
     add("--views", type=int, default=8, help="augmented views of each image (default: %(default)s)")
-    add("--device", default="cpu", help="default: %(default)s")
+    add("--device", type=device, default="cpu", help="default: %(default)s")
     add("--threads", type=int, help="for torch (default: its own choice)")
     add("--bfloat16", action="store_true", help="train under autocast")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rsd-loss"

@@ -374,6 +374,7 @@ def test_the_map_of_settings_is_of_runs_without_a_warmup(tmp_path):
         (["--methods", "rsd_dens"], "there is no method 'rsd_dens': choose from none, kd"),
         (["--methods", "rsd_dense:grid=2"], "rsd_dense has no setting 'grid': it has pooled, dense, kappa"),
         (["--methods", "rsd_dense:side"], "rsd_dense has no value for 'side'"),
+        (["--device", "gpu"], "--device: gpu cannot be used here: Expected one of cpu, cuda"),
         (["--labelled", "8", "--methods", "dkd"], "dkd needs the label of every image"),
         (["--csv", "."], "--csv: .* Is a directory"),
         (["--csv", "README.md/runs.csv"], "--csv: .* (Not a directory|File exists)"),
