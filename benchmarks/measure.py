@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -40,7 +40,12 @@ def noted(*rows: Row) -> Iterator[None]:
 
 def make_step(row: Row, student: torch.Tensor, teacher: torch.Tensor) -> Step:
     """What is timed: the contestant's value, or its value and gradient."""
-    loss = rivals.build(row.contestant, student.device, row.compiled)
+    contestant = row.contestant.removesuffix("+graph")
+    if contestant != row.contestant:
+        if student.device.type != "cuda" or row.compiled:
+            raise rivals.MissingError("CUDA graphs are for eager code on a CUDA device")
+        return captured(make_step(replace(row, contestant=contestant), student, teacher))
+    loss = rivals.build(contestant, student.device, row.compiled)
     if row.autocast:
         loss = torch.autocast(student.device.type, getattr(torch, row.autocast))(loss)
 
@@ -53,6 +58,20 @@ def make_step(row: Row, student: torch.Tensor, teacher: torch.Tensor) -> Step:
             return loss(student, teacher)
 
     return value_and_grad if row.mode == "value_and_grad" else value
+
+
+def captured(step: Step) -> Step:
+    """Replays what the step launches, after the warm-up on a side stream that capturing asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def timer(step: Step) -> Timer:

@@ -11,6 +11,7 @@ from rsd_loss import rsd_loss
 
 NAMES = ("naive", "reference", "lightly", "fused", "triton")
 RIVALS = ("naive", "reference", "lightly")
+CAPTURED = ("reference+graph", "fused+graph", "triton+graph")  # a whole step replayed from a CUDA graph
 DISTRIBUTED = ("gather+reference", "gather+fused", "distributed")  # of the batch of all processes
 KAPPA = 0.01
 

@@ -165,7 +165,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--autocast", choices=DTYPES[1:3], default="", help="run the losses under torch.autocast")
     add("--shapes", type=shape, nargs="+", metavar="BxD", help="rows x features, such as 128x768 64x4096")
     add("--modes", choices=MODES, nargs="+", default=MODES, help="default: both")
-    names = (*rivals.NAMES, *rivals.DISTRIBUTED)
+    names = (*rivals.NAMES, *rivals.CAPTURED, *rivals.DISTRIBUTED)
     add("--contestants", choices=names, nargs="+", metavar="NAME", help=f"of {', '.join(names)}")
     add("--no-compile", action="store_true", help="eager contestants only")
     add("--repeats", type=report.count, default=5, help="rounds in which all take turns (default: %(default)s)")
@@ -184,7 +184,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     names = rivals.DISTRIBUTED if args.nproc else rivals.NAMES
     args.contestants = args.contestants or names
-    if stray := set(args.contestants) - set(names):
+    if stray := set(args.contestants) - {*names, *(() if args.nproc else rivals.CAPTURED)}:
         where = f"{'with' if args.nproc else 'without'} --nproc"
         parser.error(f"argument --contestants: {', '.join(stray)}: not {where}: give some of {', '.join(names)}")
     if args.nproc and args.device == "cuda":

@@ -229,7 +229,7 @@ def test_mistakes_are_answered_before_any_work(name, argv, named, tmp_path, caps
     assert ended.value.code == 2
     out, err = capsys.readouterr()
     usage, _, message = err.partition(": error: ")
-    assert usage.startswith("usage: python -m benchmarks.")
+    assert "usage: python -m benchmarks." in usage  # torch may log a line before
     assert message.startswith(f"argument {named.format(**places)}"), message
     assert message.endswith("\n")
     assert message.count("\n") == 1
@@ -304,3 +304,40 @@ def test_overhead_has_whole_names_at_80_columns():
         assert teacher in line
         assert "5.25 (223.1 %)" in line
     assert "…" not in out
+
+
+def test_a_rehearsal_of_the_gpu_day(tmp_path, capsys):
+    pytest.importorskip("rich")
+    from benchmarks import gpu_day
+
+    gpu_day.main(["--out", str(tmp_path / "day"), "--device", "cpu", "--quick"])
+    out = capsys.readouterr().out
+    assert " passed" in out.split("tests: ")[1].splitlines()[0]
+    assert {path.name.rpartition("_")[2] for path in (tmp_path / "day").glob("*.csv")} == {
+        f"{dtype}.csv" for dtype in ("float32", "bfloat16", "float16")
+    }
+    assert out.count("| 128 x 256 | fused, ") + out.count("| 128 x 256 | reference, ") == 3
+    assert "triton was not timed: nothing follows" in out
+
+
+def test_the_closing_table_of_the_gpu_day():
+    pytest.importorskip("rich")
+    from benchmarks import gpu_day
+    from benchmarks.report import Row
+
+    times = {"reference": 4.0, "fused": 2.0, "triton": 1.0, "lightly": 3.0, "fused+graph": 0.5}
+    rows = [Row(name, False, 8, 4, "float32", "", "value_and_grad", median_ms=ms) for name, ms in times.items()]
+    line = gpu_day.winners(rows).splitlines()[-1]
+    assert line == "| 8 x 4 | triton, 1 ms; 2.00x before fused; 3.00x before lightly | - | fused, 0.5 ms |"
+    assert gpu_day.rule(rows) == "triton is faster than fused by a tenth at 1 of 1 shapes"
+
+
+def test_the_gpu_day_asks_for_a_gpu(tmp_path, capsys):
+    pytest.importorskip("rich")
+    from benchmarks import gpu_day
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        gpu_day.main(["--out", str(tmp_path)])
+    assert "rehearse with --device cpu --quick" in capsys.readouterr().err
