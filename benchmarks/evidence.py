@@ -5,6 +5,7 @@ Prints the tables of docs/evidence.md and draws its plots, from the files in ben
 
 import argparse
 import csv
+import itertools
 import re
 import shlex
 import statistics
@@ -100,6 +101,22 @@ def variants(lines: list[Line], pair: str, labelled: str = "1") -> str:
         cells = [f"`{group[0]['method']}`", group[0]["weight"], group[0]["kappa"], str(len(group))]
         cells += [spread(accuracies(group, split)) for split in ("validation", "test")]
         table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def widths(lines: list[Line]) -> str:
+    """Validation / test accuracy of rsd_wide by width, weight and kappa; 0.1 and 0.01 are those of 256 features."""
+    table = ["| features | weight | kappa 0 | kappa 0.01 | kappa 2.56 / D |", "|---" * 5 + "|"]
+    for width, scaled in itertools.product((64, 256, 1024, 2048), (False, True)):
+        weight = 25.6 / width if scaled else 0.1
+        cells = [str(width), f"25.6 / D = {cell(weight)}" if scaled else "0.1"]
+        for kappa in (0, 0.01, 2.56 / width):
+            which = {"method": f"rsd_wide:width={width}", "weight": cell(weight), "kappa": cell(float(kappa))}
+            found = [line for line in lines if which.items() <= line.items()]
+            both = (spread(accuracies(found, split)) for split in ("validation", "test"))
+            cells.append(" / ".join(both) if found else "-")
+        if width != 256 or not scaled:
+            table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
 
 
