@@ -17,7 +17,6 @@ from rich.progress import Progress
 
 from benchmarks import evidence, segment
 from benchmarks.distill import CLASSIFICATION, Bench, Data, Split, Task, parse, planned
-from benchmarks.throughput import commit
 
 PATH = evidence.RESULTS / "probe.csv"
 TASKS = {
@@ -73,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = published()
     with PATH.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["task", "pair", "method", "first_loss", "second_loss", "commit"])
+        writer.writerow(["task", "pair", "method", "first_loss", "second_loss"])
         for case, losses in zip(cases, probes(cases), strict=True):
-            writer.writerow([*case, *(f"{loss:.6g}" for loss in losses), commit()])
+            writer.writerow([*case, *(f"{loss:.6g}" for loss in losses)])
     print(f"{len(cases)} probes in {Path('benchmarks') / 'results' / PATH.name}")
 
 

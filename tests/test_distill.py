@@ -330,7 +330,7 @@ def test_weights_are_chosen_on_the_validation_images(tmp_path):
     assert table == ["| rsd | 0.03: 45.0; 0.1: 44.0; 1: 42.0 | 41.0 |", "| none | 0.1: 40.0 | 40.0 |"]
 
 
-@pytest.mark.parametrize("name", ["distill", "distill_steps", "sensitivity", "dense"])
+@pytest.mark.parametrize("name", ["distill", "distill_steps", "sensitivity", "dense", "width"])
 def test_commands_plan_the_runs_of_the_results_and_no_others(name):
     lines = evidence.read(evidence.RESULTS / f"{name}.csv")
     students = [tuple(line[key] for key in distill.KEY) for line in lines if line["method"] != "teacher"]

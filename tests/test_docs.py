@@ -147,6 +147,9 @@ def test_evidence_tables_are_those_of_the_results():
     page, dense = (ROOT / "docs" / "features.md").read_text(), evidence.read(evidence.RESULTS / "dense.csv")
     assert evidence.variants(dense, "small_cnn_coarse") in page
     assert evidence.origin(dense) in page
+    page, width = (ROOT / "docs" / "settings.md").read_text(), evidence.read(evidence.RESULTS / "width.csv")
+    assert evidence.widths(width) in page
+    assert evidence.origin(width) in page
 
 
 def test_digits_example(tmp_path):
