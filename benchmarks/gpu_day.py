@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="for logs and CSV files; made if it is not there")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     add("--quick", action="store_true", help="one test file, and throughput's --quick")
+    add("--dtypes", choices=("float32", *throughput.DTYPES[1:3]), nargs="+", default=list(throughput.DTYPES[:3]))
     add("--parts", choices=("tests", "triton", "throughput"), nargs="+", default=["tests", "triton", "throughput"])
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = (
         re.sub(r"\W+", "_", throughput.describe(torch.device(args.device), torch.get_num_threads())).strip("_").lower()
     )
-    for dtype in ("float32", "bfloat16", "float16") if "throughput" in args.parts else ():
+    for dtype in args.dtypes if "throughput" in args.parts else ():
         path = args.out / f"throughput_{name}_{dtype}.csv"
         options = ["--device", args.device, "--csv", str(path), *(["--quick"] if args.quick else [])]
         options += [] if dtype == "float32" else ["--autocast", dtype]

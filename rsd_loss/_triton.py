@@ -86,7 +86,7 @@ class _FeatureLosses(torch.autograd.Function):
             ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(d, off)
         # An embedding without a gradient may come from torch.inference_mode, and could not be saved.
-        inputs = [x for x, wanted in zip((student, teacher), ctx.needs_input_grad, strict=False) if wanted]
+        inputs = [x for x, wanted in zip((student, teacher), ctx.needs_input_grad[:2], strict=True) if wanted]
         ctx.save_for_backward(d, off, z, stats, product, *inputs)
         ctx.kappa, ctx.tall, ctx.shard, ctx.dtypes = kappa, tall, shard, (student.dtype, teacher.dtype)
         return losses, d, off
