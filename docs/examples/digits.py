@@ -11,7 +11,7 @@ hyperparameters: one learns alone, the other from a teacher that was never train
 comes from the unlabelled images and how much from what the teacher knows. Learning rate and weight decay are those with
 which the student alone does best on the validation images; nothing was chosen on the test images.
 
-Run it with ``python docs/examples/digits.py``; it takes about a minute and a half on one CPU core.
+Run it with ``python docs/examples/digits.py``; it takes about a minute on one CPU core.
 """
 
 import argparse
@@ -218,7 +218,7 @@ def parameter_count(module: nn.Module) -> str:
 def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Runs the comparison and returns the test accuracies in percent: the teacher's, then each arm's, one per seed."""
     parser = argparse.ArgumentParser(description="Redundancy suppression distillation on handwritten digits.")
-    parser.add_argument("--seeds", type=int, default=5, help="students per arm")
+    parser.add_argument("--seeds", type=int, default=3, help="students per arm")
     parser.add_argument("--epochs", type=int, default=60, help="of teacher and students alike")
     parser.add_argument("--output", type=Path, default=Path("digits.png"), help="where the picture goes")
     options = parser.parse_args(argv)
