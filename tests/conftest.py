@@ -12,8 +12,9 @@ from pool import Pool
 import rsd_loss
 
 DATA = Path(__file__).parent / "data"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read when the compiler is loaded
 # Where the numerical tests make their tensors: RSD_TEST_DEVICE=cuda, say.
 DEVICE = os.environ.get("RSD_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
@@ -31,6 +32,7 @@ def pytest_collection_modifyitems(config, items):
     elsewhere = "compiled" if os.environ.get("TRITON_INTERPRET") == "1" else "interpreted"
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(elsewhere)])
     items[:] = [item for item in items if not item.get_closest_marker(elsewhere)]
+    items.sort(key=lambda item: item.name != "test_in_the_interpreter")  # the longest first, beside all others
 
 
 @functools.cache
