@@ -31,7 +31,7 @@ class Summary(NamedTuple):
 
 @torch.no_grad()
 def summary(student: Tensor, teacher: Tensor, *, eps: float = 1e-5) -> Summary:
-    """Four numbers about a batch. No matrix larger than the smaller of (B, B) and (D, D) is formed.
+    """Four numbers about a batch. No square matrix larger than the smaller of (B, B) and (D, D) is formed.
 
     Meant for every hundredth step or so: the singular values make a GPU wait.
 
