@@ -83,8 +83,8 @@ def rsd_loss(
     and Ma, "Cross-Architecture Distillation Made Simple with Redundancy Suppression", ICCV 2025, arXiv 2507.21844.
 
     Args:
-        student: (B, D) student embeddings, usually from ``DecouplingProjector``; B >= 2 (with ``gather_distributed=True``, in
-            all processes together); float16, bfloat16, float32 or float64.
+        student: (B, D) student embeddings, usually from ``DecouplingProjector``; B >= 2 (with
+            ``gather_distributed=True``, in all processes together); float16, bfloat16, float32 or float64.
         teacher: (B, D) teacher embeddings of the same samples in the same order. A teacher that requires grad gets
             its gradient; use ``torch.no_grad()`` around a frozen one.
         kappa: Weight of the decorrelation term; the paper's value is 0.01.
