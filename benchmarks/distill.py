@@ -396,7 +396,7 @@ class Bench:
     def train_teacher(self, name: str) -> dict[str, Any]:
         args, above = self.args, self.task.taught_by.get(name)
         method = METHODS["kd" if above else "none"]
-        batch = min(128, len(self.data.train.labels))
+        batch = min(self.task.defaults["batches"][0], len(self.data.train.labels))
         settings = {"epochs": args.teacher_epochs, "batch": batch, "weight": method.weight, "kappa": None}
         run = Run(
             pair=name, method="teacher", seed=0, reduction="", warmup=0.0, **settings, **shared(args) | {"labelled": 1}
