@@ -20,14 +20,16 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
@@ -38,6 +40,7 @@ from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.methods import METHODS, Outputs, Setup, Term, as_map, down_to, method_named
 from benchmarks.throughput import commit, describe
@@ -45,14 +48,29 @@ from benchmarks.throughput import commit, describe
 SIDE, PAD, UNLABELLED = 32, 4, -100
 
 
+def cosine(steps: int, up: float = 0.05, floor: float = 0.0) -> Callable[[int], float]:
+    """Factors of the learning rate: up over a share of the steps, then down half a cosine."""
+    first = max(1, int(up * steps))
+
+    def factor(i: int) -> float:
+        done = max(0, i - first) / max(1, steps - first)
+        return min((i + 1) / first, floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    return factor
+
+
 class Network(NamedTuple):
-    """A timm model for 32 x 32 images, small enough for a CPU, and how it is trained (at a batch of 128)."""
+    """A timm model and how it is trained."""
 
     build: Callable[[int], nn.Module]
     blocks: tuple[int, ...]  # where its four stages end, as forward_intermediates counts
     optimizer: Callable[..., torch.optim.Optimizer]
-    lr: float
+    lr: float  # at a batch of 128; in proportion at others
     weight_decay: float
+    schedule: Callable[[int], Callable[[int], float]] = cosine
+    clip: float = 5.0
+    smoothing: float = 0.0  # of labels
+    strong: bool = False  # augmentation, where the task has two
 
 
 def resnet(classes: int, width: int, depth: int) -> ResNet:
@@ -198,12 +216,36 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return 100 * (predicted == labels).float().mean().item()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """The mean over what has a label, 0 if nothing has; maps of logits are enlarged to the labels."""
+    if labels.is_floating_point():  # a mixture of two images has two labels
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
     if logits.ndim == 4:
         logits = F.interpolate(logits, labels.shape[1:], mode="bilinear")
-    total = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
+    total = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum", label_smoothing=smoothing)
     return total / (labels != UNLABELLED).sum().clamp(min=1)
+
+
+def in_memory(
+    bench: "Bench", network: Network, run: "Run", draw: torch.Generator, fixed: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """An epoch of images in memory: where the teacher's outputs have them, images, labels; in fixed or fresh views."""
+    train, views = bench.data.train, bench.args.views
+    order = torch.randperm(len(train.labels), generator=draw)[bench.rank :: bench.world]
+    for step in range(max(1, len(order) // run.batch)):
+        rows = order[step * run.batch : (step + 1) * run.batch].to(bench.device)
+        if fixed:
+            which = torch.randint(views, (len(rows),), generator=draw).to(bench.device)
+            at, chosen = rows * views + which, bench.views[rows, which]
+        else:
+            at, chosen = rows, draw_views((len(rows),), draw).to(bench.device)
+        images, y = bench.task.in_views(train, rows, chosen)
+        y[rows % run.labelled != 0] = UNLABELLED
+        yield at, images, y
+
+
+def as_they_are(bench: "Bench", split: Split) -> Iterator[Tensor]:
+    return (normalise(images) for images in split.images.split(100))
 
 
 class Task(NamedTuple):
@@ -218,13 +260,18 @@ class Task(NamedTuple):
     methods: tuple[str, ...]  # by default
     load: Callable[[str, Path, torch.device], Data]
     outputs: Callable[[nn.Module, Network, Tensor], Outputs]
-    in_views: Callable[[Split, Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels of some rows
     score: Callable[[Tensor, Tensor], float]  # of predictions and labels, in percent
-    grid: tuple[int, int]  # to which a teacher's maps are averaged down in the cache
     defaults: dict[str, Any]  # of options
+    in_views: Callable[[Split, Tensor, Tensor], tuple[Tensor, Tensor]] = in_views  # images and labels of some rows
+    grid: tuple[int, int] = (8, 8)  # to which a teacher's maps are averaged down in the cache
+    # Of images that are not in memory there is no cache: the teacher looks at each batch, from weights that this loads.
+    pretrained: Callable[[nn.Module, Path | None], None] | None = None
+    batches: Callable[..., Iterator[tuple[Tensor, Tensor, Tensor]]] = in_memory
+    shown: Callable[..., Iterator[Tensor]] = as_they_are  # a split's images, in order, as networks take them
 
 
-def take(targets: Outputs, rows: Tensor) -> Outputs:
+def take(targets: Outputs, images: Tensor, rows: Tensor) -> Outputs:
+    """The outputs of some images, by their places in the cache."""
     return Outputs(targets.logits[rows], targets.embedding[rows], [stage[rows] for stage in targets.stages])
 
 
@@ -239,7 +286,8 @@ class Run:
     seed: int
     teacher_epochs: int
     epochs: int
-    batch: int
+    batch: int  # of each process
+    processes: int
     precision: str
     views: int
     weight: float
@@ -291,10 +339,27 @@ def finished(path: Path) -> set[tuple[str, ...]]:
         return {tuple(line[name] for name in KEY) for line in reader}
 
 
-def cosine(steps: int) -> Callable[[int], float]:
-    """Factors of the learning rate: up over the first twentieth, then down half a cosine."""
-    up = max(1, steps // 20)
-    return lambda i: min((i + 1) / up, 0.5 * (1 + math.cos(math.pi * max(0, i - up) / max(1, steps - up))))
+class Objective(nn.Module):
+    """The two losses of a step, in one module, so that what wraps or compiles it has the projectors too."""
+
+    def __init__(
+        self,
+        outputs: Callable[[nn.Module, Network, Tensor], Outputs],
+        network: Network,
+        model: nn.Module,
+        added: nn.ModuleList,
+        term: Term | None,
+    ) -> None:
+        super().__init__()
+        self.outputs, self.network, self.model, self.added, self.term = outputs, network, model, added, term
+
+    def forward(self, images: Tensor, labels: Tensor, teacher: Outputs | None) -> tuple[Tensor, Tensor]:
+        student = self.outputs(self.model, self.network, images)
+        loss = cross_entropy(student.logits, labels, self.network.smoothing)
+        return loss, self.term(student, teacher, labels) if self.term and teacher else loss.new_zeros(())
+
+
+Teach = Callable[[Tensor, Tensor], Outputs]  # of images, and where the cache has them
 
 
 class Bench:
@@ -302,9 +367,10 @@ class Bench:
 
     def __init__(self, task: Task, args: argparse.Namespace, progress: Progress) -> None:
         self.task, self.args, self.progress, self.device = task, args, progress, torch.device(args.device)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.data = task.load(args.data, args.cache, self.device)
         count = len(self.data.train.labels)
-        self.teachers: dict[str, tuple[nn.Module, Outputs, Run]] = {}
+        self.teachers: dict[str, tuple[nn.Module, Run, Teach]] = {}
         self.views = draw_views((count, args.views), torch.Generator().manual_seed(0)).to(self.device)
         self.origin = {
             "device": describe(self.device, torch.get_num_threads()),
@@ -320,7 +386,8 @@ class Bench:
         return self.task.networks[name].build(self.data.classes).to(self.device, memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bfloat16)
+        dtype = torch.float16 if self.args.float16 else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=precision(self.args) != "float32")
 
     def fit(
         self,
@@ -329,68 +396,94 @@ class Bench:
         run: Run,
         term: Term | None = None,
         added: nn.ModuleList | None = None,
-        targets: Outputs | None = None,
+        teach: Teach | None = None,
     ) -> list[float]:
-        """Trains in place, fills in the row, and returns the losses; the test images are seen here and nowhere else."""
-        network, count = self.task.networks[name], len(self.data.train.labels)
-        steps = max(1, count // run.batch)
-        parameters = [*model.parameters(), *(added.parameters() if added else ())]
+        """Trains in place, fills in the row, and returns the losses; the test images are seen here and nowhere else.
+
+        Every epoch ends with a checkpoint, from which the same call goes on.
+        """
+        network = self.task.networks[name]
+        steps = max(1, len(self.data.train.labels) // self.world // run.batch)
+        objective = Objective(self.task.outputs, network, model, nn.ModuleList() if added is None else added, term)
+        parameters = list(objective.parameters())
         optimizer = network.optimizer(parameters, lr=network.lr * run.batch / 128, weight_decay=network.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(run.epochs * steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, network.schedule(run.epochs * steps))
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.float16)
         draw = torch.Generator().manual_seed(run.seed)
-        task = self.progress.add_task(f"{run.pair} {run.method} seed {run.seed}", total=run.epochs * steps)
-        times, losses, start = [], [], time.perf_counter()
+        losses, times, minutes, first = [], [], 0.0, 0
+        parts = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+        digest = hashlib.sha256(repr((self.data.fingerprint, run.key)).encode()).hexdigest()
+        path = self.args.cache / f"{digest[:16]}.run"
+        if path.exists():
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            for key, part in parts.items():
+                part.load_state_dict(state[key])
+            draw.set_state(state["draw"].cpu())
+            torch.set_rng_state(state["random"].cpu())  # no network here draws on a GPU
+            losses, times, minutes, first = (state[key] for key in ("losses", "times", "minutes", "epoch"))
+        step = torch.compile(objective) if self.args.compile else objective
+        step = DistributedDataParallel(step) if self.world > 1 else step
+        bar = self.progress.add_task(f"{run.pair} {run.method} seed {run.seed}", total=run.epochs * steps)
+        self.progress.advance(bar, first * steps)
         model.train()
-        for epoch, step in itertools.product(range(run.epochs), range(steps)):
-            if step == 0:
-                order = torch.randperm(count, generator=draw)
-            before = time.perf_counter()
-            rows = order[step * run.batch : (step + 1) * run.batch].to(self.device)
-            if targets is None:
-                views = draw_views((len(rows),), draw).to(self.device)
-            else:
-                which = torch.randint(self.args.views, (len(rows),), generator=draw).to(self.device)
-                views = self.views[rows, which]
-            images, y = self.task.in_views(self.data.train, rows, views)
-            y[rows % run.labelled != 0] = UNLABELLED
-            with self.autocast():
-                student = self.task.outputs(model, network, images)
-                loss = cross_entropy(student.logits, y)
-                if term and targets:
-                    grown = min(1.0, (epoch * steps + step + 1) / max(1, run.warmup * run.epochs * steps))
-                    teacher = take(targets, rows * self.args.views + which)
-                    loss = loss + run.weight * grown * term(student, teacher, y)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 5.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())  # which waits for a GPU
-            times.append(time.perf_counter() - before)
-            self.progress.advance(task)
-        self.progress.remove_task(task)
-        run.step_ms, run.minutes = statistics.median(times) * 1e3, (time.perf_counter() - start) / 60
-        run.added_parameters = sum(parameter.numel() for parameter in added.parameters()) if added else 0
+        start = before = time.perf_counter()
+        for epoch in range(first, run.epochs):
+            for i, (at, images, y) in enumerate(self.task.batches(self, network, run, draw, teach is not None)):
+                with self.autocast():
+                    loss, taught = step(images, y, teach(images, at) if teach else None)
+                    grown = min(1.0, (epoch * steps + i + 1) / max(1, run.warmup * run.epochs * steps))
+                    loss = loss + run.weight * grown * taught
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, network.clip)
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+                losses.append(loss.item())  # which waits for a GPU
+                now = time.perf_counter()
+                times.append(now - before)
+                before = now
+                self.progress.advance(bar)
+            if self.rank == 0 and epoch + 1 < run.epochs:
+                state = {key: part.state_dict() for key, part in parts.items()}
+                state |= {"draw": draw.get_state(), "random": torch.get_rng_state(), "epoch": epoch + 1}
+                state |= {"losses": losses, "times": times, "minutes": minutes + (now - start) / 60}
+                write(state, path)
+                before = time.perf_counter()
+        self.progress.remove_task(bar)
+        run.step_ms = statistics.median(times or [0.0]) * 1e3
+        run.minutes = minutes + (time.perf_counter() - start) / 60
+        run.added_parameters = sum(parameter.numel() for parameter in objective.added.parameters())
         run.validation, run.test = (self.score(model, x) for x in (self.data.validation, self.data.test))
         vars(run).update(self.origin)
+        everyone()  # has what it needs of the file
+        path.unlink(missing_ok=True)
         return losses
 
     @torch.no_grad()
     def score(self, model: nn.Module, split: Split) -> float:
+        if not len(split.labels):
+            return math.nan
         model.eval()
-        predicted = torch.cat([model(normalise(images)).argmax(1) for images in split.images.split(100)])
-        return self.task.score(predicted, split.labels)
+        predicted = torch.cat([model(images).argmax(1) for images in self.task.shown(self, split)])
+        return self.task.score(predicted, split.labels.to(self.device))
 
-    def teacher(self, name: str) -> tuple[nn.Module, Outputs, Run]:
-        """The trained network, what it makes of the training views, and its own row; from the cache if it is there."""
+    def teacher(self, name: str) -> tuple[nn.Module, Run, Teach]:
+        """The trained network, its own row, and what it makes of the training images; from the cache if it is there."""
         if name not in self.teachers:
             args = self.args
-            stem = f"{name}-{self.data.fingerprint}-{args.teacher_epochs}-{precision(args)}-{args.views}"
+            which = (name, self.data.fingerprint, args.teacher_epochs, precision(args), args.views)
+            stem = "-".join(str(x) for x in (*which, *([args.teacher.stem] if args.teacher else [])))
             saved = kept(args.cache / f"{stem}.pt", lambda: self.train_teacher(name), self.device)
             model = self.model(name).eval()
             model.load_state_dict(saved["model"])
-            targets = kept(args.cache / f"{stem}-outputs.pt", lambda: tuple(self.look_up(name, model)), self.device)
-            self.teachers[name] = model, Outputs(*targets), Run(**saved["run"])
+            if self.task.pretrained:
+                teach = torch.no_grad()(lambda images, at: self.task.outputs(model, self.task.networks[name], images))
+            else:
+                targets = kept(args.cache / f"{stem}-outputs.pt", lambda: tuple(self.look_up(name, model)), self.device)
+                teach = partial(take, Outputs(*targets))
+            self.teachers[name] = model, Run(**saved["run"]), teach
         return self.teachers[name]
 
     def train_teacher(self, name: str) -> dict[str, Any]:
@@ -403,10 +496,12 @@ class Bench:
         )
         torch.manual_seed(0)
         model = self.model(name)
+        if self.task.pretrained:
+            self.task.pretrained(model, args.teacher)
         if above:
-            teacher, targets, _ = self.teacher(above)
-            term = method.build(self.setup(name, model, teacher, targets, run), nn.ModuleList())
-            self.fit(name, model, run, term, targets=targets)
+            teacher, _, teach = self.teacher(above)
+            term = method.build(self.setup(name, model, teacher, teach, run), nn.ModuleList())
+            self.fit(name, model, run, term, teach=teach)
         else:
             self.fit(name, model, run)
         return {"model": model.state_dict(), "run": asdict(run)}
@@ -429,37 +524,53 @@ class Bench:
         logits, embedding, *stages = found
         return Outputs(logits, embedding, stages)
 
-    def setup(self, name: str, student: nn.Module, teacher: nn.Module, targets: Outputs, run: Run) -> Setup:
+    def setup(self, name: str, student: nn.Module, teacher: nn.Module, teach: Teach, run: Run) -> Setup:
         with torch.no_grad():
             student.eval()
-            sample = self.task.outputs(student, self.task.networks[name], normalise(self.data.train.images[:2]))
-        teacher_sample = take(targets, torch.arange(2, device=self.device))
+            images = next(iter(self.task.shown(self, self.data.train)))[:2]
+            sample = self.task.outputs(student, self.task.networks[name], images)
+        teacher_sample = teach(images, torch.arange(2, device=self.device))
         heads = student.get_classifier(), teacher.get_classifier()
         return Setup(sample, teacher_sample, *heads, run.kappa or 0.0, run.reduction)
 
     def distil(self, run: Run) -> list[float]:
         teacher_name, name = self.task.pairs[run.pair]
-        teacher, targets, _ = self.teacher(teacher_name)
+        teacher, _, teach = self.teacher(teacher_name)
         torch.manual_seed(run.seed)
         student = self.model(name)  # first, so that its weights are the same for every method
         added = nn.ModuleList()
-        term = method_named(run.method).build(self.setup(name, student, teacher, targets, run), added)
+        term = method_named(run.method).build(self.setup(name, student, teacher, teach, run), added)
         self.student = student  # the last one, for those who want to look at it
-        return self.fit(name, student, run, term, added.to(self.device), targets)
+        return self.fit(name, student, run, term, added.to(self.device), teach)
+
+
+def everyone() -> None:
+    """Waits for the other processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def write(what: object, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_suffix(".partial")  # a run that is stopped leaves no half of a file
+    torch.save(what, partial_file)
+    partial_file.replace(path)
 
 
 def kept(path: Path, make: Callable[[], Any], device: torch.device) -> Any:
     """What is in the file; made and put there first if it is not. On a CPU the file stays on disk and is mapped."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")  # a run that is stopped leaves no half of a file
-        torch.save(make(), partial)
-        partial.replace(path)
+    missing = not path.exists()
+    everyone()  # has looked, and then makes it together
+    if missing:
+        made = make()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            write(made, path)
+        everyone()
     return torch.load(path, map_location=device, weights_only=True, mmap=device.type == "cpu")
 
 
 def precision(args: argparse.Namespace) -> str:
-    return "bfloat16" if args.bfloat16 else "float32"
+    return "float16" if args.float16 else "bfloat16" if args.bfloat16 else "float32"
 
 
 def shared(args: argparse.Namespace) -> dict[str, Any]:
@@ -468,6 +579,7 @@ def shared(args: argparse.Namespace) -> dict[str, Any]:
         "data": Path(args.data).name,
         "labelled": args.labelled,
         "teacher_epochs": args.teacher_epochs,
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "precision": precision(args),
         "views": args.views,
     }
@@ -519,6 +631,12 @@ def device(text: str) -> str:
     return text
 
 
+def teacher_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
+
+
 def method_name(text: str) -> str:
     try:
         method_named(text)
@@ -553,9 +671,15 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
     add("--device", type=device, default="cpu", help="default: %(default)s")
     add("--threads", type=int, help="for torch (default: its own choice)")
     add("--bfloat16", action="store_true", help="train under autocast")
+    if task.pretrained:
+        add("--float16", action="store_true", help="train under autocast, with a GradScaler")
+        add("--compile", action="store_true", help="the student and its losses")
+        add("--workers", type=int, default=8, help="processes that load images (default: %(default)s)")
+        add("--teacher", type=teacher_file, metavar="FILE", help="weights of the teacher, taken as they are")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rsd-loss"
     add("--cache", type=Path, default=cache, help="for teachers and their outputs (default: %(default)s)")
     add("--csv", type=Path, help="default: %(default)s")
+    parser.set_defaults(float16=False, compile=False, teacher=None, workers=0)
     parser.set_defaults(**task.defaults)
     args = parser.parse_args(argv)
     for name in ("seeds", "epochs", "batches", "teacher_epochs", "views", "threads", "labelled"):
@@ -570,9 +694,16 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
         parser.error(f"--csv: {error}")
     if not os.access(args.csv if args.csv.exists() else args.csv.parent, os.W_OK):
         parser.error(f"--csv: {args.csv} cannot be written: name another file")
+    mixing = [pair for pair in args.pairs if task.networks[task.pairs[pair][1]].strong]
     for name in args.methods:
         if args.labelled > 1 and name.partition(":")[0] in NEED_LABELS:
             parser.error(f"{name} needs the label of every image: leave it out or --labelled")
+        if mixing and name.partition(":")[0] in NEED_LABELS:
+            parser.error(f"{name} needs one label an image, and {mixing[0]} mixes images: leave one of them out")
+    if args.teacher:
+        args.teacher_epochs = 0
+        if len(teachers := {task.pairs[pair][0] for pair in args.pairs}) > 1:
+            parser.error(f"--teacher is of one teacher, and --pairs has {', '.join(sorted(teachers))}")
     given = sys.argv[1:] if argv is None else argv
     # As anybody could type it: where one machine keeps its images and its cache is of no use to another.
     words = [Path(word).name if Path(word).is_absolute() or Path(word).is_dir() else word for word in given]
@@ -585,27 +716,36 @@ def main(argv: Sequence[str] | None = None, task: Task | None = None) -> None:
     args = parse(argv, task)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if dist.is_torchelastic_launched():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    first = not dist.is_initialized() or dist.get_rank() == 0
     done = args.done
     runs = [run for run in planned(args) if run.key not in done]
-    console = Console()
+    console = Console(quiet=not first)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not first) as progress:
         bar = progress.add_task("all runs", total=len(runs))
         bench = Bench(task, args, progress) if runs else None
         for run in runs:
-            teacher = bench.teacher(task.pairs[run.pair][0])[2]
+            teacher = bench.teacher(task.pairs[run.pair][0])[1]
             if teacher.key not in done:
-                append(teacher, args.csv)
+                if first:
+                    append(teacher, args.csv)
                 done.add(teacher.key)
                 console.print(f"{teacher.pair}: teacher {teacher.validation:.1f} %, {teacher.minutes:.1f} min")
             bench.distil(run)
-            append(run, args.csv)
+            if first:
+                append(run, args.csv)
             progress.advance(bar)
             what = f"{run.pair} {run.method} weight {run.weight:g} seed {run.seed}"
             console.print(
                 f"{what}: validation {run.validation:.1f} %, {run.step_ms:.0f} ms a step, {run.minutes:.1f} min",
                 soft_wrap=True,
             )
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 NEED_LABELS = ("dkd", "ofa", "sdd")
@@ -619,9 +759,7 @@ CLASSIFICATION = Task(
     methods=("none", "kd", "dkd", "dist", "fitnet", "ofa", "rsd", "rsd_dense"),
     load=load,
     outputs=outputs,
-    in_views=in_views,
     score=accuracy,
-    grid=(8, 8),
     defaults={
         "epochs": 20,
         "batches": [128],

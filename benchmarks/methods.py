@@ -245,9 +245,13 @@ def ofa(setup: Setup, added: nn.ModuleList) -> Term:
     return term
 
 
-def rsd(setup: Setup, added: nn.ModuleList, criterion: Criterion | None = None) -> Term:
-    """Redundancy suppression distillation (Zhang et al., ICCV 2025); with another criterion its variants."""
-    return _projected(setup, added, _embedding, _embedding, criterion)
+def rsd(setup: Setup, added: nn.ModuleList, criterion: Criterion | None = None, gather: bool = False) -> Term:
+    """Redundancy suppression distillation (Zhang et al., ICCV 2025); with another criterion its variants.
+
+    `gather` takes the statistics over the batches of all processes, which the authors do not.
+    """
+    gathered = RSDLoss(setup.kappa, reduction=setup.reduction, gather_distributed=True) if gather else None
+    return _projected(setup, added, _embedding, _embedding, criterion or gathered)
 
 
 def rsd_noproj(setup: Setup, added: nn.ModuleList) -> Term:
