@@ -614,12 +614,14 @@ def weight(text: str) -> Weight:
 
 def source(text: str) -> str:
     """A folder with train/ and test/, one folder per class in each; "cifar100" or "cifar100-20" are downloaded."""
-    if text not in ("cifar100", "cifar100-20"):
-        classes = [sorted(path.name for path in (Path(text) / part).glob("*/")) for part in ("train", "test")]
-        if not classes[0] or classes[0] != classes[1]:
-            raise argparse.ArgumentTypeError(
-                f"{text} has no train/ and test/ with a folder for each class, the same in both"
-            )
+    return text if text in ("cifar100", "cifar100-20") else folders(text, "train", "test")
+
+
+def folders(text: str, *parts: str) -> str:
+    classes = [sorted(path.name for path in (Path(text) / part).glob("*/")) for part in parts]
+    if not classes[0] or classes[0] != classes[1]:
+        message = f"{text} has no {'/ and '.join(parts)}/ with a folder for each class, the same in both"
+        raise argparse.ArgumentTypeError(message)
     return text
 
 
@@ -659,7 +661,6 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
         help="with settings of its own as in rsd_dense:side=4,dense=0.5; default: " + " ".join(task.methods),
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    add("--labelled", type=int, default=1, metavar="N", help="the student has every Nth image's label (default: 1)")
     add("--epochs", type=int, help="of a student (default: %(default)s)")
     add("--batches", type=int, nargs="+", help="batch sizes (default: %(default)s)")
     add("--weights", type=weight, nargs="+", default=[Weight(1, True)], metavar="W", help="0.3, or x3: 3 times its own")
@@ -667,26 +668,30 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
     add("--reductions", choices=("sum", "mean"), nargs="+", default=["sum"], help="default: sum")
     add("--warmup", type=float, help="share of the run over which the weight grows (default: the method's own)")
     add("--teacher-epochs", type=int, help="default: %(default)s")
-    add("--views", type=int, default=8, help="augmented views of each image (default: %(default)s)")
     add("--device", type=device, default="cpu", help="default: %(default)s")
     add("--threads", type=int, help="for torch (default: its own choice)")
-    add("--bfloat16", action="store_true", help="train under autocast")
-    if task.pretrained:
-        add("--float16", action="store_true", help="train under autocast, with a GradScaler")
+    half = parser.add_mutually_exclusive_group()
+    half.add_argument("--bfloat16", action="store_true", help="train under autocast")
+    if not task.pretrained:
+        add("--labelled", type=int, metavar="N", help="the student has every Nth image's label (default: 1)")
+        add("--views", type=int, help="augmented views of each image (default: %(default)s)")
+    else:
+        half.add_argument("--float16", action="store_true", help="train under autocast, with a GradScaler")
         add("--compile", action="store_true", help="the student and its losses")
         add("--workers", type=int, default=8, help="processes that load images (default: %(default)s)")
         add("--teacher", type=teacher_file, metavar="FILE", help="weights of the teacher, taken as they are")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rsd-loss"
     add("--cache", type=Path, default=cache, help="for teachers and their outputs (default: %(default)s)")
     add("--csv", type=Path, help="default: %(default)s")
-    parser.set_defaults(float16=False, compile=False, teacher=None, workers=0)
-    parser.set_defaults(**task.defaults)
+    rest = {"labelled": 1, "views": 8, "float16": False, "compile": False, "teacher": None}
+    parser.set_defaults(**rest | task.defaults)
     args = parser.parse_args(argv)
-    for name in ("seeds", "epochs", "batches", "teacher_epochs", "views", "threads", "labelled"):
+    least = {"seeds": 0, "epochs": 1, "batches": 2, "threads": 1, "labelled": 1}
+    least |= {"teacher_epochs": 0, "workers": 1} if task.pretrained else {"teacher_epochs": 1, "views": 1}
+    for name, low in least.items():
         values = getattr(args, name)
-        least = {"seeds": 0, "batches": 2}.get(name, 1)
-        if min(values if isinstance(values, list) else [least if values is None else values]) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+        if min(values if isinstance(values, list) else [low if values is None else values]) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
     try:
         args.done = finished(args.csv)
         args.csv.parent.mkdir(parents=True, exist_ok=True)

@@ -322,7 +322,7 @@ def rsd_dense(
     last = rsd(setup, added)
 
     def rows(s: Outputs, t: Outputs) -> tuple[Tensor, Tensor]:
-        student, teacher = as_map(s.stages[student_stage - 1]), t.stages[teacher_stage - 1].float()
+        student, teacher = as_map(s.stages[student_stage - 1]), as_map(t.stages[teacher_stage - 1]).float()
         if centred:
             teacher = teacher - teacher.mean(dim=0)
         return dense_pairs(*(down_to(x, (side, side)) for x in (student, teacher)), channels_last=False)
@@ -406,7 +406,7 @@ def _of_positions(setup: Setup, added: nn.ModuleList, loss: Criterion) -> Term:
     """A loss of all positions of both last maps, behind a linear map of the student's features."""
 
     def rows(s: Outputs, t: Outputs) -> tuple[Tensor, Tensor]:
-        return dense_pairs(as_map(s.stages[-1]), t.stages[-1].float(), channels_last=False)
+        return dense_pairs(as_map(s.stages[-1]), as_map(t.stages[-1]).float(), channels_last=False)
 
     student, teacher = rows(setup.student, setup.teacher)
     regressor = nn.Linear(student.shape[1], teacher.shape[1])

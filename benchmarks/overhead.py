@@ -16,60 +16,19 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from benchmarks import report
+from benchmarks import paper, report
 from benchmarks.methods import METHODS, Outputs, Setup
 from benchmarks.throughput import commit
-
-# timm's names, and the blocks after which the four stages end; of twelve equal blocks the 2nd, 4th, 10th and 12th.
-MAPS, GRIDS, EQUAL = (1, 2, 3, 4), (0, 1, 2, 3), (1, 3, 9, 11)
-NETWORKS = {
-    "ResNet18": ("resnet18", MAPS),
-    "ResNet50": ("resnet50", MAPS),
-    "MobileNetV2": ("mobilenetv2_100", MAPS),
-    "ConvNeXt-T": ("convnext_tiny", GRIDS),
-    "Swin-T": ("swin_tiny_patch4_window7_224", GRIDS),
-    "Swin-N": (64, GRIDS),  # these two are the papers' own: the width of the first stage, and two blocks in each
-    "Swin-P": (48, GRIDS),
-    "DeiT-T": ("deit_tiny_patch16_224", EQUAL),
-    "ViT-S": ("vit_small_patch16_224", EQUAL),
-    "Mixer-B/16": ("mixer_b16_224", EQUAL),
-    "ResMLP-S12": ("resmlp_12_224", EQUAL),
-}
-CONVOLUTIONAL = ("ResNet18", "ResNet50", "MobileNetV2", "ConvNeXt-T")
-PAIRS = {  # classes: student -> teachers
-    1000: {
-        "ResNet18": ("DeiT-T", "Swin-T", "Mixer-B/16"),
-        "MobileNetV2": ("DeiT-T", "Swin-T", "Mixer-B/16"),
-        "DeiT-T": ("ResNet50", "ConvNeXt-T", "Mixer-B/16"),
-        "Swin-N": ("ResNet50", "ConvNeXt-T", "Mixer-B/16"),
-        "ResMLP-S12": ("ResNet50", "ConvNeXt-T", "Swin-T"),
-    },
-    100: {
-        "ResNet18": ("Swin-T", "ViT-S", "Mixer-B/16"),
-        "MobileNetV2": ("Swin-T", "ViT-S", "Mixer-B/16"),
-        "DeiT-T": ("ConvNeXt-T", "Mixer-B/16"),
-        "Swin-P": ("ConvNeXt-T", "Mixer-B/16"),
-        "ResMLP-S12": ("ConvNeXt-T", "Swin-T"),
-    },
-}
 
 
 def build(name: str, classes: int) -> tuple[nn.Module, Outputs]:
     """The network and the shapes of what it makes of two images, on the meta device."""
-    source, blocks = NETWORKS[name]
+    network = paper.TASKS[classes].networks[name]
     with torch.device("meta"):
-        if isinstance(source, int):
-            model = SwinTransformer(embed_dim=source, depths=(2,) * 4, num_heads=(2, 4, 8, 16), num_classes=classes)
-        else:
-            model = timm.create_model(source, num_classes=classes)
-        last, stages = model.forward_intermediates(torch.empty(2, 3, 224, 224), indices=blocks)
-        embedding = model.forward_head(last, pre_logits=True)
-    if name not in CONVOLUTIONAL:
-        stages = [stage.flatten(2).transpose(1, 2) for stage in stages]
-    return model, Outputs(torch.empty(2, classes, device="meta"), embedding, stages)
+        model = network.build(classes)
+        return model, paper.outputs(model, network, torch.empty(2, 3, paper.SIDE, paper.SIDE))
 
 
 def parameters(module: nn.Module) -> int:
@@ -78,20 +37,17 @@ def parameters(module: nn.Module) -> int:
 
 def rows() -> list[dict[str, str | int | float]]:
     result = []
-    for classes, students in PAIRS.items():
-        for name, teachers in students.items():
-            model, student = build(name, classes)
-            for above in teachers:
-                row: dict[str, str | int | float] = {"classes": classes, "teacher": above, "student": name}
-                row["student_parameters"] = parameters(model)
-                teacher = build(above, classes)[1]
-                for method in ("rsd", "ofa"):
-                    added = nn.ModuleList()
-                    with torch.device("meta"):
-                        METHODS[method].build(Setup(student, teacher, nn.Identity(), nn.Identity(), 0.01, "sum"), added)
-                    row[f"{method}_added"] = parameters(added)
-                    row[f"{method}_percent"] = round(100 * parameters(added) / parameters(model), 1)
-                result.append(row)
+    for classes, pair, above, name in ((n, *cell) for n in (1000, 100) for cell in paper.cells(n)):
+        (_, teacher), (model, student) = (build(key, classes) for key in paper.TASKS[classes].pairs[pair])
+        row: dict[str, str | int | float] = {"classes": classes, "teacher": above, "student": name}
+        row["student_parameters"] = parameters(model)
+        for method in ("rsd", "ofa"):
+            added = nn.ModuleList()
+            with torch.device("meta"):
+                METHODS[method].build(Setup(student, teacher, nn.Identity(), nn.Identity(), 0.01, "sum"), added)
+            row[f"{method}_added"] = parameters(added)
+            row[f"{method}_percent"] = round(100 * parameters(added) / parameters(model), 1)
+        result.append(row)
     return result
 
 

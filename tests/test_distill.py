@@ -253,23 +253,57 @@ def test_transformer_teacher_is_taught_by_a_cnn(run):
     ]
 
 
-def test_labels_held_back_teach_nothing(tmp_path):
+def losses_on_noise(cache, *options, pair="cnn_cnn", labels=None, **settings):
     from benchmarks import probe
 
+    data = probe.noise(distill.CLASSIFICATION)
+    split = data.train if labels is None else data.train._replace(labels=labels)
+    task = distill.CLASSIFICATION._replace(source=str, load=lambda *_: data._replace(train=split))
+    few = ["--epochs", "1", "--teacher-epochs", "1", "--batches", "8", "--views", "1", "--seeds", "0"]
+    args = distill.parse(["--data", "noise", "--cache", str(cache), "--pairs", pair, *few, *options], task)
+    vars(args).update(settings)
+    (run,) = distill.planned(args)
+    return distill.Bench(task, args, distill.Progress(disable=True)).distil(run)
+
+
+def test_labels_held_back_teach_nothing(tmp_path):
     def losses(labels):
-        data = probe.noise(distill.CLASSIFICATION)
-        split = data.train._replace(labels=labels)
-        task = distill.CLASSIFICATION._replace(source=str, load=lambda *_: data._replace(train=split))
-        few = ["--epochs", "1", "--teacher-epochs", "1", "--batches", "8", "--views", "1", "--seeds", "0"]
-        which = ["--data", "noise", "--cache", str(tmp_path), "--pairs", "cnn_cnn", "--methods", "none"]
-        args = distill.parse([*which, *few, "--labelled", "4"], task)
-        (run,) = distill.planned(args)
-        return distill.Bench(task, args, distill.Progress(disable=True)).distil(run)
+        return losses_on_noise(tmp_path, "--methods", "none", "--labelled", "4", labels=labels)
 
     labels = torch.arange(16) % 5
     others = torch.where(torch.arange(16) % 4 == 0, labels, 4 - labels)
     assert losses(labels) == losses(others)
     assert losses(labels) != losses(4 - labels)
+
+
+def test_a_stopped_run_goes_on_from_its_last_epoch(tmp_path, monkeypatch):
+    """As if it had not been stopped, to the last bit; random positions and a weight that grows are part of that."""
+
+    def losses(folder):
+        options = ("--methods", "rsd_dense:share=0.5", "--epochs", "3", "--warmup", "0.9")
+        return losses_on_noise(tmp_path / folder, *options, pair="small_cnn_coarse")
+
+    def stop(state, path, write=distill.write):
+        write(state, path)
+        if path.suffix == ".run" and state["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    whole = losses("whole")
+    assert len(whole) == 3 * 2
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            losses("stopped")
+    torch.rand(5)  # whatever else happens in between
+    assert losses("stopped") == whole
+    assert not list(tmp_path.glob("*/*.run")), "a run that is over leaves no checkpoint"
+
+
+def test_float16_follows_float32(tmp_path):
+    """Loosely: float16 has three digits, and a step multiplies what is lost."""
+    plain, half = (losses_on_noise(tmp_path, "--methods", "rsd", float16=half) for half in (False, True))
+    assert half == pytest.approx(plain, rel=0.05)
+    assert half != plain
 
 
 def test_bfloat16(run):

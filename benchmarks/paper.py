@@ -1,0 +1,276 @@
+"""The papers' own pairs at their own scale: `python -m benchmarks.paper --data cifar100 --pairs swin-t_resnet18`.
+
+RSD and OFA compare methods on 27 pairs of networks at 224 x 224 pixels: twelve on CIFAR-100, fifteen on ImageNet. Any
+of them is trained here as by their public settings, which docs/reproducing.md lists, beside a student alone or under
+any other method. --data is "cifar100", which is downloaded; a folder of small images with train/ and test/, which is
+treated alike; or ImageNet's folder, with train/ and val/. All training images are trained on, so there is no
+validation, and nothing should be chosen by these runs. It takes a GPU, or several: put `torchrun --nproc-per-node N -m`
+for `python -m`, with a batch of --batches in each process. A run that is stopped goes on from its last epoch.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import create_transform
+from timm.models import ConvNeXt, EfficientNet, ResNet
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.transforms import v2
+
+from benchmarks import distill
+from benchmarks.distill import Bench, Data, Network, Run, Split, Task, accuracy, cosine, fingerprint, folders, sgd
+from benchmarks.methods import Outputs
+
+# timm's names, and the blocks after which the four stages end; of twelve equal blocks the 2nd, 4th, 10th and 12th.
+MAPS, GRIDS, EQUAL = (1, 2, 3, 4), (0, 1, 2, 3), (1, 3, 9, 11)
+NETWORKS = {
+    "ResNet18": ("resnet18", MAPS),
+    "ResNet50": ("resnet50", MAPS),
+    "MobileNetV2": ("mobilenetv2_100", MAPS),
+    "ConvNeXt-T": ("convnext_tiny", GRIDS),
+    "Swin-T": ("swin_tiny_patch4_window7_224", GRIDS),
+    "Swin-N": (64, GRIDS),  # these two are the papers' own: the width of the first stage, and two blocks in each
+    "Swin-P": (48, GRIDS),
+    "DeiT-T": ("deit_tiny_patch16_224", EQUAL),
+    "ViT-S": ("vit_small_patch16_224", EQUAL),
+    "Mixer-B/16": ("mixer_b16_224", EQUAL),
+    "ResMLP-S12": ("resmlp_12_224", EQUAL),
+}
+PAIRS = {  # classes: student -> teachers
+    1000: {
+        "ResNet18": ("DeiT-T", "Swin-T", "Mixer-B/16"),
+        "MobileNetV2": ("DeiT-T", "Swin-T", "Mixer-B/16"),
+        "DeiT-T": ("ResNet50", "ConvNeXt-T", "Mixer-B/16"),
+        "Swin-N": ("ResNet50", "ConvNeXt-T", "Mixer-B/16"),
+        "ResMLP-S12": ("ResNet50", "ConvNeXt-T", "Swin-T"),
+    },
+    100: {
+        "ResNet18": ("Swin-T", "ViT-S", "Mixer-B/16"),
+        "MobileNetV2": ("Swin-T", "ViT-S", "Mixer-B/16"),
+        "DeiT-T": ("ConvNeXt-T", "Mixer-B/16"),
+        "Swin-P": ("ConvNeXt-T", "Mixer-B/16"),
+        "ResMLP-S12": ("ConvNeXt-T", "Swin-T"),
+    },
+}
+# The student alone, under OFA and under RSD, as far as a public summary of the paper quotes its two tables.
+PUBLISHED = {
+    (100, "Swin-T", "ResNet18"): (74.01, 80.54, 83.92),
+    (100, "ViT-S", "MobileNetV2"): (73.68, 78.45, 81.68),
+    (100, "ConvNeXt-T", "DeiT-T"): (68.00, 75.76, 82.46),
+    (100, "ConvNeXt-T", "ResMLP-S12"): (66.56, 81.22, 84.21),
+    (1000, "Swin-T", "ResNet18"): (69.75, 71.85, 72.13),
+    (1000, "ConvNeXt-T", "Swin-N"): (75.53, 77.50, 77.70),
+    (1000, "ConvNeXt-T", "ResMLP-S12"): (76.65, 77.53, 78.41),
+}
+SIDE = 224
+
+
+def build(name: str, classes: int) -> nn.Module:
+    source = NETWORKS[name][0]
+    if isinstance(source, str):
+        return timm.create_model(source, num_classes=classes)
+    shape = {"embed_dim": source, "depths": (2,) * 4, "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.0}
+    return SwinTransformer(num_classes=classes, **shape)
+
+
+def outputs(model: nn.Module, network: Network, images: Tensor) -> Outputs:
+    last, stages = model.forward_intermediates(images, indices=network.blocks)
+    if not isinstance(model, (ResNet, EfficientNet, ConvNeXt)):
+        stages = [stage.flatten(2).transpose(1, 2) for stage in stages]
+    embedding = model.forward_head(last, pre_logits=True)
+    return Outputs(model.get_classifier()(embedding).float(), embedding, stages)
+
+
+def pretrained(model: nn.Module, file: Path | None) -> None:
+    if file is None:
+        timm.models.load_pretrained(model, num_classes=model.num_classes)
+    else:  # which older versions of timm may have written
+        renamed = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        timm.models.load_checkpoint(model, str(file), filter_fn=renamed, weights_only=True)
+
+
+# How they are trained
+
+
+def stairs(steps: int) -> list[float]:
+    """A tenth of the rate after each 30 of 100 epochs; the first three climb to it."""
+    return lambda i: min(1.0, (i + 1) / max(1, 0.03 * steps)) * 0.1 ** int(i / (0.3 * steps))
+
+
+def undecayed_vectors(make: type, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> object:
+    """Biases and the weights of norms have no weight decay, as in timm."""
+    groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim < 2]}]
+    groups[1]["weight_decay"] = 0.0
+    return make(groups, lr=lr, weight_decay=weight_decay)
+
+
+SGD, ADAMW = (partial(undecayed_vectors, make) for make in (sgd, torch.optim.AdamW))
+PRESETS = {  # by classes; students that are convolutional, other students, teachers that are fine-tuned
+    100: (
+        Network(None, (), SGD, 0.05, 2e-3, partial(cosine, up=3 / 300, floor=0.02), math.inf, smoothing=0.1),
+        Network(None, (), ADAMW, 5e-4, 0.05, partial(cosine, up=20 / 300, floor=0.02), smoothing=0.1, strong=True),
+        Network(None, (), ADAMW, 1e-4, 0.05, smoothing=0.1),
+    ),
+    1000: (
+        Network(None, (), SGD, 0.2, 1e-4, stairs, math.inf, smoothing=0.1),  # 0.1 at a batch of 64
+        Network(None, (), ADAMW, 1e-3, 0.05, partial(cosine, up=20 / 300, floor=0.001), smoothing=0.1, strong=True),
+        Network(None, (), ADAMW, 1e-4, 0.05, smoothing=0.1),
+    ),
+}
+
+
+def key(name: str) -> str:
+    return name.lower().replace("/", "")
+
+
+def cells(classes: int) -> Iterator[tuple[str, str, str]]:
+    """The name of a pair on the command line, its teacher and its student."""
+    for student, teachers in PAIRS[classes].items():
+        for teacher in teachers:
+            yield f"{key(teacher)}_{key(student)}", teacher, student
+
+
+def networks(classes: int) -> dict[str, Network]:
+    found = {}
+    for _, teacher, student in cells(classes):
+        of_student = PRESETS[classes][0 if student in ("ResNet18", "MobileNetV2") else 1]
+        for name, label, preset in ((student, "", of_student), (teacher, "teacher-", PRESETS[classes][2])):
+            found[label + key(name)] = preset._replace(build=partial(build, name), blocks=NETWORKS[name][1])
+    return found
+
+
+# Images
+
+
+class Seen(Dataset):
+    """A dataset through a transform."""
+
+    def __init__(self, images: Dataset, transform: object) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image, label = self.images[i]
+        return self.transform(image.convert("RGB")), label
+
+
+def source(part: str, text: str) -> str:
+    """The word "cifar100"; a folder of small images with train/ and test/; or ImageNet's, with train/ and val/."""
+    return text if text == "cifar100" else folders(text, "train", part)
+
+
+def load(part: str, source: str, cache: Path, device: torch.device) -> Data:
+    if source == "cifar100":
+        sets = [CIFAR100(str(cache), train, download=True) for train in (True, False)]
+    else:
+        sets = [ImageFolder(str(Path(source) / name)) for name in ("train", part)]
+    train, test = (Split(images, torch.tensor(images.targets)) for images in sets)
+    return Data(train, Split([], torch.empty(0)), test, len(sets[0].classes), fingerprint(train.labels))
+
+
+def enlarged(images: Tensor) -> Tensor:
+    if images.shape[-1] != SIDE:
+        images = F.interpolate(images, (SIDE, SIDE), mode="bicubic")
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def loaded(size: int, bench: Bench, network: Network, run: Run, draw: torch.Generator, fixed: bool) -> Iterator:
+    """An epoch of places, which nobody needs, images and labels; small images are enlarged on the device."""
+    strong = {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}
+    transform = create_transform(
+        size, is_training=True, interpolation="random", **(strong if network.strong else {"color_jitter": None})
+    )
+    seen, classes = Seen(bench.data.train.images, transform), {"num_classes": bench.data.classes}
+    order = torch.randperm(len(seen), generator=draw)[bench.rank : len(seen) // bench.world * bench.world : bench.world]
+    options = {"num_workers": bench.args.workers, "pin_memory": bench.device.type == "cuda", "generator": draw}
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, **classes), v2.CutMix(alpha=1.0, **classes)])
+    for images, y in DataLoader(seen, run.batch, sampler=order.tolist(), drop_last=True, **options):
+        images, y = enlarged(images.to(bench.device, non_blocking=True)), y.to(bench.device)
+        yield y, *(mix(images, y) if network.strong else (images, y))
+
+
+def shown(size: int, bench: Bench, split: Split) -> Iterator[Tensor]:
+    transform = create_transform(size, interpolation="bicubic", crop_pct=0.875 if size == SIDE else 1.0)
+    for images, _ in DataLoader(Seen(split.images, transform), 100, num_workers=bench.args.workers):
+        yield enlarged(images.to(bench.device))
+
+
+def task(classes: int, size: int, part: str, **defaults: object) -> Task:
+    return Task(
+        module="benchmarks.paper",
+        source=partial(source, part),
+        description=__doc__.partition("\n\n")[2],
+        networks=networks(classes),
+        pairs={name: (f"teacher-{key(teacher)}", key(student)) for name, teacher, student in cells(classes)},
+        taught_by={},
+        methods=("none", "rsd"),
+        load=partial(load, part),
+        outputs=outputs,
+        score=accuracy,
+        defaults={"seeds": [0], "csv": Path("benchmarks/results/paper.csv"), "views": 0, **defaults},
+        pretrained=pretrained,
+        batches=partial(loaded, size),
+        shown=partial(shown, size),
+    )
+
+
+TASKS = {
+    100: task(100, 32, "test", epochs=300, batches=[128], teacher_epochs=20),
+    1000: task(1000, SIDE, "val", epochs=300, batches=[128], teacher_epochs=0),
+}
+
+
+# The page
+
+
+@cache
+def operations(name: str, classes: int) -> int:
+    """Of one image forward, two for each multiplication and addition."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build(name, classes).eval()(torch.empty(1, 3, SIDE, SIDE))
+    return counter.get_total_flops()
+
+
+def command(classes: int, pair: str) -> str:
+    convolutional = pair.endswith(("_resnet18", "_mobilenetv2"))
+    words = ["python -m benchmarks.paper --data", "cifar100" if classes == 100 else "imagenet"]
+    words += ["--epochs 100 --batches 64"] if classes == 1000 and convolutional else []
+    return " ".join([*words, "--device cuda --bfloat16 --pairs", pair])
+
+
+def markdown(classes: int) -> str:
+    """A table of the pairs with what the papers report, and the command of each."""
+    lines = ["| teacher | student | alone | OFA | RSD | ours | hours on one H100 |", "|---" * 7 + "|"]
+    commands = []
+    for pair, teacher, student in cells(classes):
+        commands.append(command(classes, pair))
+        epochs = 100 if "--epochs 100" in commands[-1] else 300
+        seen = epochs * (50_000 if classes == 100 else 1_281_167)
+        total = seen * (3 * operations(student, classes) + operations(teacher, classes))
+        published = [f"{x:.2f}" for x in PUBLISHED.get((classes, teacher, student), ())] or ["see paper"] * 3
+        hours = total / (0.1 * 989e12) / 3600
+        lines.append(f"| {' | '.join([teacher, student, *published, 'not run', f'{hours:.2g}'])} |")
+    return "\n".join([*lines, "", "<!-- not run: hours on a GPU -->", "```", *commands, "```"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = argparse.ArgumentParser(add_help=False)
+    words.add_argument("--data", default="")
+    data = words.parse_known_args(argv)[0].data
+    distill.main(argv, TASKS[1000 if (Path(data) / "val").is_dir() else 100])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The papers' pairs: all 27 built without memory, and a few real steps of some on random images."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="needs the bench extra")
+pytest.importorskip("rich", reason="needs the bench extra")
+from PIL import Image
+
+from benchmarks import distill, methods, paper
+
+ROOT = Path(__file__).parents[1]
+WIDTHS = {  # of the embedding, of the last map or tokens, and on a side of the last grid
+    "resnet18": (512, 512, 7),
+    "resnet50": (2048, 2048, 7),
+    "mobilenetv2": (1280, 320, 7),
+    "convnext-t": (768, 768, 7),
+    "swin-t": (768, 768, 7),
+    "swin-n": (512, 512, 7),
+    "swin-p": (384, 384, 7),
+    "deit-t": (192, 192, 14),
+    "vit-s": (384, 384, 14),
+    "mixer-b16": (768, 768, 14),
+    "resmlp-s12": (384, 384, 14),
+}
+
+
+@pytest.mark.parametrize(("classes", "name"), [(n, name) for n, task in paper.TASKS.items() for name in task.networks])
+def test_every_network_has_its_widths_and_four_stages(classes, name):
+    network = paper.TASKS[classes].networks[name]
+    with torch.device("meta"):
+        out = paper.outputs(network.build(classes).eval(), network, torch.empty(2, 3, paper.SIDE, paper.SIDE))
+    embedding, last, side = WIDTHS[name.removeprefix("teacher-")]
+    assert out.logits.shape == (2, classes)
+    assert out.embedding.shape == (2, embedding)
+    assert len(out.stages) == 4
+    assert out.stages[-1].shape in ((2, last, side, side), (2, side * side, last))
+
+
+def test_there_are_the_27_pairs():
+    found = {n: list(paper.cells(n)) for n in paper.PAIRS}
+    assert {n: len(pairs) for n, pairs in found.items()} == {100: 12, 1000: 15}
+    for classes, pairs in found.items():
+        named = {name: (f"teacher-{paper.key(above)}", paper.key(below)) for name, above, below in pairs}
+        assert paper.TASKS[classes].pairs == named
+
+
+@pytest.mark.parametrize(
+    ("classes", "student", "rates"),
+    [
+        (100, "resnet18", {0: 0.05 / 9, 8: 0.05, 899: 0.001}),
+        (100, "deit-t", {0: 5e-4 / 60, 59: 5e-4, 899: 1e-5}),
+        (1000, "resnet18", {0: 0.2 / 27, 269: 0.2, 270: 0.02, 540: 0.002, 899: 0.0002}),
+        (1000, "resmlp-s12", {0: 1e-3 / 60, 59: 1e-3, 899: 1e-6}),
+    ],
+)
+def test_the_learning_rate_is_that_of_the_public_settings(classes, student, rates):
+    """Of 900 steps, at a batch of 128: up over 3 or 20 of 300 epochs, then half a cosine or stairs."""
+    network = paper.TASKS[classes].networks[student]
+    factor = network.schedule(900)
+    for step, rate in rates.items():
+        assert network.lr * factor(step) == pytest.approx(rate, rel=0.01)
+
+
+def test_vectors_have_no_weight_decay():
+    network = paper.TASKS[100].networks["resnet18"]
+    layer = torch.nn.Linear(3, 3)
+    matrix, vector = network.optimizer(list(layer.parameters()), lr=1.0, weight_decay=0.3).param_groups
+    assert (matrix["params"], matrix["weight_decay"]) == ([layer.weight], 0.3)
+    assert (vector["params"], vector["weight_decay"]) == ([layer.bias], 0.0)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Small ones with train/ and test/, large ones with train/ and val/."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for kind, side, part in (("small", 32, "test"), ("large", 240, "val")):
+        for label in "ab":
+            for where in ("train", part):
+                (folder / kind / where / label).mkdir(parents=True)
+                for i in range(2 if where == "train" else 1):
+                    pixels = random.integers(0, 255, (side, side, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / kind / where / label / f"{i}.png")
+    return folder
+
+
+def weights(folder, name):
+    """A file of random weights of a teacher."""
+    torch.manual_seed(0)
+    networks = paper.TASKS[1000].networks | paper.TASKS[100].networks
+    torch.save(networks[f"teacher-{name}"].build(2).state_dict(), folder / f"{name}.pth")
+    return folder / f"{name}.pth"
+
+
+def options(images, folder, pair, *more):
+    teacher = weights(folder, pair.partition("_")[0])
+    places = ["--data", images, "--cache", folder / "cache", "--csv", folder / "runs.csv", "--teacher", teacher]
+    return [str(word) for word in (*places, "--workers", "1", "--pairs", pair, *more)]
+
+
+def lines(folder):
+    with (folder / "runs.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pair", "method", "more"),
+    [
+        ("small", "vit-s_resnet18", "rsd_dense", []),
+        ("large", "resnet50_deit-t", "rsd", []),
+    ],
+)
+def test_two_steps(images, tmp_path, kind, pair, method, more):
+    few = ["--epochs", "1", "--batches", "2", "--methods", method]
+    paper.main(options(images / kind, tmp_path, pair, *few, *more))
+    teacher, student = lines(tmp_path)
+    assert (teacher["method"], student["method"]) == ("teacher", method)
+    assert float(student["test"]) in (0, 50, 100)
+    assert student["validation"] == "nan"
+    assert not list((tmp_path / "cache").glob("*.run")), "a run that is over leaves no checkpoint"
+
+
+def test_two_steps_of_two_processes(images, tmp_path):
+    words = options(images / "small", tmp_path, "swin-t_resmlp-s12", "--methods", "rsd:gather=True")
+    few = ["--epochs", "2", "--batches", "2", "--threads", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(
+        [*launch, "-m", "benchmarks.paper", *words, *few], cwd=ROOT, env=environment, check=True, timeout=300
+    )
+    teacher, student = lines(tmp_path)
+    assert (teacher["processes"], student["processes"], student["batch"]) == ("2", "2", "2")
+    assert float(student["test"]) in (0, 50, 100)
+
+
+def test_the_losses_of_a_step_are_one_graph():
+    network = distill.NETWORKS["vit_coarse"]
+    model, images, y = network.build(5), torch.randn(4, 3, 32, 32), torch.arange(4)
+    teacher = distill.outputs(model, network, images)
+    added = torch.nn.ModuleList()
+    setup = methods.Setup(teacher, teacher, model.head, model.head, 0.01, "sum")
+    objective = distill.Objective(distill.outputs, network, model, added, methods.rsd(setup, added))
+    compiled = torch.compile(objective, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images, y, teacher), objective(images, y, teacher))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "nowhere"], "nowhere has no train/ and test/ with a folder for each class"),
+        (["--pairs", "swin-t_deit-t"], "invalid choice: 'swin-t_deit-t'"),
+        (["--pairs", "convnext-t_deit-t", "--methods", "ofa"], "ofa needs one label an image"),
+        (["--teacher", "nothing.pth"], "there is no file nothing.pth"),
+        (["--teacher", "README.md"], "--teacher is of one teacher, and --pairs has teacher-convnext-t, teacher-mixer"),
+        (["--bfloat16", "--float16"], "not allowed with argument"),
+        (["--labelled", "8"], "--labelled"),
+        (["--workers", "0"], "--workers must be at least 1"),
+    ],
+)
+def test_a_mistake_is_answered_before_anything_is_downloaded(words, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as caught:
+        paper.main([*(() if "--data" in words else ("--data", "cifar100")), *words])
+    assert caught.value.code == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
