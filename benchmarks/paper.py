@@ -252,14 +252,14 @@ def command(classes: int, pair: str) -> str:
 
 def markdown(classes: int) -> str:
     """A table of the pairs with what the papers report, and the command of each."""
-    lines = ["| teacher | student | alone | OFA | RSD | ours | hours on one H100 |", "|---" * 7 + "|"]
+    lines = ["| teacher | student | alone | OFA | RSD | RSD, run by us | hours on one H100 |", "|---" * 7 + "|"]
     commands = []
     for pair, teacher, student in cells(classes):
         commands.append(command(classes, pair))
         epochs = 100 if "--epochs 100" in commands[-1] else 300
         seen = epochs * (50_000 if classes == 100 else 1_281_167)
         total = seen * (3 * operations(student, classes) + operations(teacher, classes))
-        published = [f"{x:.2f}" for x in PUBLISHED.get((classes, teacher, student), ())] or ["see paper"] * 3
+        published = [f"{x:.2f}" for x in PUBLISHED.get((classes, teacher, student), ())] or ["–"] * 3
         hours = total / (0.1 * 989e12) / 3600
         lines.append(f"| {' | '.join([teacher, student, *published, 'not run', f'{hours:.2g}'])} |")
     return "\n".join([*lines, "", "<!-- not run: hours on a GPU -->", "```", *commands, "```"])

@@ -171,6 +171,14 @@ def test_a_mistake_is_answered_before_anything_is_downloaded(words, message, cap
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
+@pytest.mark.parametrize("classes", paper.PAIRS)
+def test_the_page_has_the_pairs_and_their_commands(classes):
+    page = (ROOT / "docs" / "reproducing.md").read_text()
+    table, _, commands = paper.markdown(classes).partition("\n\n")
+    assert table in page
+    assert commands in page
+
+
 def compared(self, name, model, *args, fit=distill.Bench.fit, **options):
     """A training after which all processes have the same weights, though each has seen other images."""
     found = fit(self, name, model, *args, **options)
