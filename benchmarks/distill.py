@@ -42,6 +42,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import report
 from benchmarks.methods import METHODS, Outputs, Setup, Term, as_map, down_to, method_named
 from benchmarks.throughput import commit, describe
 
@@ -660,7 +661,7 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
         metavar="METHOD",
         help="with settings of its own as in rsd_dense:side=4,dense=0.5; default: " + " ".join(task.methods),
     )
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    add("--seeds", type=int, nargs="+", help="default: %(default)s")
     add("--epochs", type=int, help="of a student (default: %(default)s)")
     add("--batches", type=int, nargs="+", help="batch sizes (default: %(default)s)")
     add("--weights", type=weight, nargs="+", default=[Weight(1, True)], metavar="W", help="0.3, or x3: 3 times its own")
@@ -682,8 +683,8 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
         add("--teacher", type=teacher_file, metavar="FILE", help="weights of the teacher, taken as they are")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rsd-loss"
     add("--cache", type=Path, default=cache, help="for teachers and their outputs (default: %(default)s)")
-    add("--csv", type=Path, help="default: %(default)s")
-    rest = {"labelled": 1, "views": 8, "float16": False, "compile": False, "teacher": None}
+    add("--csv", type=report.output, help="default: %(default)s")
+    rest = {"seeds": [0, 1, 2], "labelled": 1, "views": 8, "float16": False, "compile": False, "teacher": None}
     parser.set_defaults(**rest | task.defaults)
     args = parser.parse_args(argv)
     least = {"seeds": 0, "epochs": 1, "batches": 2, "threads": 1, "labelled": 1}
@@ -694,11 +695,8 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}")
     try:
         args.done = finished(args.csv)
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         parser.error(f"--csv: {error}")
-    if not os.access(args.csv if args.csv.exists() else args.csv.parent, os.W_OK):
-        parser.error(f"--csv: {args.csv} cannot be written: name another file")
     mixing = [pair for pair in args.pairs if task.networks[task.pairs[pair][1]].strong]
     for name in args.methods:
         if args.labelled > 1 and name.partition(":")[0] in NEED_LABELS:
@@ -765,12 +763,7 @@ CLASSIFICATION = Task(
     load=load,
     outputs=outputs,
     score=accuracy,
-    defaults={
-        "epochs": 20,
-        "batches": [128],
-        "teacher_epochs": 30,
-        "csv": Path("benchmarks/results/distill.csv"),
-    },
+    defaults={"epochs": 20, "batches": [128], "teacher_epochs": 30, "csv": "benchmarks/results/distill.csv"},
 )
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def task(classes: int, size: int, part: str, **defaults: object) -> Task:
         load=partial(load, part),
         outputs=outputs,
         score=accuracy,
-        defaults={"seeds": [0], "csv": Path("benchmarks/results/paper.csv"), "views": 0, **defaults},
+        defaults={"seeds": [0], "csv": "benchmarks/results/paper.csv", "views": 0, **defaults},
         pretrained=pretrained,
         batches=partial(loaded, size),
         shown=partial(shown, size),
@@ -259,7 +259,7 @@ def markdown(classes: int) -> str:
         epochs = 100 if "--epochs 100" in commands[-1] else 300
         seen = epochs * (50_000 if classes == 100 else 1_281_167)
         total = seen * (3 * operations(student, classes) + operations(teacher, classes))
-        published = [f"{x:.2f}" for x in PUBLISHED.get((classes, teacher, student), ())] or ["–"] * 3
+        published = [f"{x:.2f}" for x in PUBLISHED.get((classes, teacher, student), ())] or ["-"] * 3
         hours = total / (0.1 * 989e12) / 3600
         lines.append(f"| {' | '.join([teacher, student, *published, 'not run', f'{hours:.2g}'])} |")
     return "\n".join([*lines, "", "<!-- not run: hours on a GPU -->", "```", *commands, "```"])

@@ -7,7 +7,6 @@ scenes are looked at once, when a run is over. Otherwise as benchmarks.distill.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from rich.progress import Progress
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from benchmarks import distill
+from benchmarks import distill, report
 from benchmarks.distill import UNLABELLED, Data, Network, Split, Task, fingerprint, normalise, resnet, shift, stacked
 from benchmarks.methods import Outputs
 from rsd_loss.features import pool
@@ -148,13 +147,12 @@ SEGMENTATION = Task(
     in_views=in_views,
     score=mean_iou,
     grid=(12, 16),
-    defaults={"epochs": 40, "batches": [16], "teacher_epochs": 60, "csv": Path("benchmarks/results/segment.csv")},
+    defaults={"epochs": 40, "batches": [16], "teacher_epochs": 60, "csv": "benchmarks/results/segment.csv"},
 )
 
 
-def picture(argv: Sequence[str], path: Path) -> None:
-    """A validation scene, its labels, and what the students of two planned runs make of it."""
-    args = distill.parse(argv, SEGMENTATION)
+def picture(args: argparse.Namespace, path: Path) -> None:
+    """A validation scene, its labels, and what the students of the two planned runs make of it."""
     if args.threads:
         torch.set_num_threads(args.threads)
     bench = distill.Bench(SEGMENTATION, args, Progress())
@@ -176,12 +174,16 @@ def picture(argv: Sequence[str], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """As benchmarks.distill; or `--picture FILE`, with two methods and one of everything else, draws one scene."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--picture" in words:
-        at = words.index("--picture")
-        picture(words[:at] + words[at + 2 :], Path(words[at + 1]))
-    else:
+    first = argparse.ArgumentParser(prog="python -m benchmarks.segment", add_help=False)
+    first.add_argument("--picture", type=report.output)
+    found, rest = first.parse_known_args(argv)
+    if not found.picture:
         distill.main(argv, SEGMENTATION)
+        return
+    args = distill.parse(rest, SEGMENTATION)
+    if (count := len(distill.planned(args))) != 2:
+        first.error(f"--picture shows two runs, and this plans {count}: give --pairs, --seeds and two --methods")
+    picture(args, found.picture)
 
 
 if __name__ == "__main__":

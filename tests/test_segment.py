@@ -98,3 +98,18 @@ def test_picture(scenes, tmp_path):
     segment.main([*places, *few, *which, "--picture", str(tmp_path / "scene.png")])
     drawn = np.asarray(Image.open(tmp_path / "scene.png"))
     assert min(part.std() for half in np.array_split(drawn, 2) for part in np.array_split(half, 2, axis=1)) > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--picture"], "--picture: expected one argument"),
+        (["--picture", "."], "'.' cannot be written"),
+        (["--picture", "a.png", "--pairs", "cnn_vit"], "shows two runs, and this plans 21"),
+    ],
+)
+def test_a_mistake_is_answered_with_a_sentence(scenes, words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        segment.main(["--data", str(scenes), *words])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
