@@ -1,7 +1,8 @@
 """Trainable parameters that RSD and OFA add to a student: `python -m benchmarks.overhead`.
 
 For the teachers and students of the two papers, with ImageNet's classes and with CIFAR-100's; built by timm on the
-meta device, so that nothing is downloaded or computed. Both methods throw them away after training.
+meta device, so that nothing is downloaded or computed. Both methods throw them away after training. The file has the
+operations of both networks too, forward and of one image, two for each multiplication and addition.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import timm
@@ -17,18 +19,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import paper, report
 from benchmarks.methods import METHODS, Outputs, Setup
 from benchmarks.throughput import commit
 
 
-def build(name: str, classes: int) -> tuple[nn.Module, Outputs]:
-    """The network and the shapes of what it makes of two images, on the meta device."""
+@cache
+def build(name: str, classes: int) -> tuple[nn.Module, Outputs, int]:
+    """The network, the shapes of what it makes of two images, and its operations for one, on the meta device."""
     network = paper.TASKS[classes].networks[name]
-    with torch.device("meta"):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = network.build(classes)
-        return model, paper.outputs(model, network, torch.empty(2, 3, paper.SIDE, paper.SIDE))
+        outputs = paper.outputs(model, network, torch.empty(2, 3, paper.SIDE, paper.SIDE))
+    return model, outputs, counter.get_total_flops() // 2
 
 
 def parameters(module: nn.Module) -> int:
@@ -38,7 +43,8 @@ def parameters(module: nn.Module) -> int:
 def rows() -> list[dict[str, str | int | float]]:
     result = []
     for classes, pair, above, name in ((n, *cell) for n in (1000, 100) for cell in paper.cells(n)):
-        (_, teacher), (model, student) = (build(key, classes) for key in paper.TASKS[classes].pairs[pair])
+        keys = paper.TASKS[classes].pairs[pair]
+        (_, teacher, teacher_operations), (model, student, student_operations) = (build(key, classes) for key in keys)
         row: dict[str, str | int | float] = {"classes": classes, "teacher": above, "student": name}
         row["student_parameters"] = parameters(model)
         for method in ("rsd", "ofa"):
@@ -47,6 +53,7 @@ def rows() -> list[dict[str, str | int | float]]:
                 METHODS[method].build(Setup(student, teacher, nn.Identity(), nn.Identity(), 0.01, "sum"), added)
             row[f"{method}_added"] = parameters(added)
             row[f"{method}_percent"] = round(100 * parameters(added) / parameters(model), 1)
+        row |= {"teacher_operations": teacher_operations, "student_operations": student_operations}
         result.append(row)
     return result
 

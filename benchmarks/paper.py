@@ -9,10 +9,11 @@ for `python -m`, with a batch of --batches in each process. A run that is stoppe
 """
 
 import argparse
+import csv
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -23,7 +24,6 @@ from timm.models import ConvNeXt, EfficientNet, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.transforms import v2
 
@@ -235,14 +235,6 @@ TASKS = {
 # The page
 
 
-@cache
-def operations(name: str, classes: int) -> int:
-    """Of one image forward, two for each multiplication and addition."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build(name, classes).eval()(torch.empty(1, 3, SIDE, SIDE))
-    return counter.get_total_flops()
-
-
 def command(classes: int, pair: str) -> str:
     convolutional = pair.endswith(("_resnet18", "_mobilenetv2"))
     words = ["python -m benchmarks.paper --data", "cifar100" if classes == 100 else "imagenet"]
@@ -250,15 +242,17 @@ def command(classes: int, pair: str) -> str:
     return " ".join([*words, "--device cuda --bfloat16 --pairs", pair])
 
 
-def markdown(classes: int) -> str:
-    """A table of the pairs with what the papers report, and the command of each."""
+def markdown(classes: int, overhead: Path) -> str:
+    """A table of the pairs with what the papers report, and the command of each; operations are those of the file."""
+    with overhead.open(newline="") as file:
+        found = [line for line in csv.DictReader(file) if line["classes"] == str(classes)]
     lines = ["| teacher | student | alone | OFA | RSD | RSD, run by us | hours on one H100 |", "|---" * 7 + "|"]
     commands = []
-    for pair, teacher, student in cells(classes):
+    for (pair, teacher, student), line in zip(cells(classes), found, strict=True):
         commands.append(command(classes, pair))
         epochs = 100 if "--epochs 100" in commands[-1] else 300
         seen = epochs * (50_000 if classes == 100 else 1_281_167)
-        total = seen * (3 * operations(student, classes) + operations(teacher, classes))
+        total = seen * (3 * int(line["student_operations"]) + int(line["teacher_operations"]))
         published = [f"{x:.2f}" for x in PUBLISHED.get((classes, teacher, student), ())] or ["-"] * 3
         hours = total / (0.1 * 989e12) / 3600
         lines.append(f"| {' | '.join([teacher, student, *published, 'not run', f'{hours:.2g}'])} |")
