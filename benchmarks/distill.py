@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import date
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +66,7 @@ class Network(NamedTuple):
     build: Callable[[int], nn.Module]
     blocks: tuple[int, ...]  # where its four stages end, as forward_intermediates counts
     optimizer: Callable[..., torch.optim.Optimizer]
-    lr: float  # at a batch of 128; in proportion at others
+    lr: float  # at a batch of 128, that of all processes together; in proportion at others
     weight_decay: float
     schedule: Callable[[int], Callable[[int], float]] = cosine
     clip: float = 5.0
@@ -285,6 +285,7 @@ class Run:
     pair: str
     method: str
     seed: int
+    teacher: str  # the file of its weights, if they were not trained here
     teacher_epochs: int
     epochs: int
     batch: int  # of each process
@@ -369,7 +370,11 @@ class Bench:
     def __init__(self, task: Task, args: argparse.Namespace, progress: Progress) -> None:
         self.task, self.args, self.progress, self.device = task, args, progress, torch.device(args.device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.rank:
+            everyone()  # the first process downloads what is missing
         self.data = task.load(args.data, args.cache, self.device)
+        if not self.rank:
+            everyone()
         count = len(self.data.train.labels)
         self.teachers: dict[str, tuple[nn.Module, Run, Teach]] = {}
         self.views = draw_views((count, args.views), torch.Generator().manual_seed(0)).to(self.device)
@@ -407,7 +412,8 @@ class Bench:
         steps = max(1, len(self.data.train.labels) // self.world // run.batch)
         objective = Objective(self.task.outputs, network, model, nn.ModuleList() if added is None else added, term)
         parameters = list(objective.parameters())
-        optimizer = network.optimizer(parameters, lr=network.lr * run.batch / 128, weight_decay=network.weight_decay)
+        lr = network.lr * run.batch * self.world / 128
+        optimizer = network.optimizer(parameters, lr=lr, weight_decay=network.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, network.schedule(run.epochs * steps))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.float16)
         draw = torch.Generator().manual_seed(run.seed)
@@ -416,12 +422,14 @@ class Bench:
         digest = hashlib.sha256(repr((self.data.fingerprint, run.key)).encode()).hexdigest()
         path = self.args.cache / f"{digest[:16]}.run"
         if path.exists():
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW keeps its steps on the CPU
             for key, part in parts.items():
                 part.load_state_dict(state[key])
-            draw.set_state(state["draw"].cpu())
-            torch.set_rng_state(state["random"].cpu())  # no network here draws on a GPU
+            draw.set_state(state["draw"])
+            torch.set_rng_state(state["random"])
             losses, times, minutes, first = (state[key] for key in ("losses", "times", "minutes", "epoch"))
+        if self.args.compile:
+            torch.compiler.reset()  # else all runs count towards one limit, beyond which they are not compiled
         step = torch.compile(objective) if self.args.compile else objective
         step = DistributedDataParallel(step) if self.world > 1 else step
         bar = self.progress.add_task(f"{run.pair} {run.method} seed {run.seed}", total=run.epochs * steps)
@@ -431,7 +439,8 @@ class Bench:
         for epoch in range(first, run.epochs):
             for i, (at, images, y) in enumerate(self.task.batches(self, network, run, draw, teach is not None)):
                 with self.autocast():
-                    loss, taught = step(images, y, teach(images, at) if teach else None)
+                    target = teach(images, at) if teach and run.method != "none" else None
+                    loss, taught = step(images, y, target)
                     grown = min(1.0, (epoch * steps + i + 1) / max(1, run.warmup * run.epochs * steps))
                     loss = loss + run.weight * grown * taught
                 optimizer.zero_grad()
@@ -474,8 +483,9 @@ class Bench:
         """The trained network, its own row, and what it makes of the training images; from the cache if it is there."""
         if name not in self.teachers:
             args = self.args
-            which = (name, self.data.fingerprint, args.teacher_epochs, precision(args), args.views)
-            stem = "-".join(str(x) for x in (*which, *([args.teacher.stem] if args.teacher else [])))
+            which = [name, self.data.fingerprint, args.teacher_epochs, precision(args), args.views]
+            which += [args.teacher_name] if args.teacher else []
+            stem = "-".join(str(x) for x in which + ([f"{self.world} processes"] if self.world > 1 else []))
             saved = kept(args.cache / f"{stem}.pt", lambda: self.train_teacher(name), self.device)
             model = self.model(name).eval()
             model.load_state_dict(saved["model"])
@@ -490,7 +500,9 @@ class Bench:
     def train_teacher(self, name: str) -> dict[str, Any]:
         args, above = self.args, self.task.taught_by.get(name)
         method = METHODS["kd" if above else "none"]
-        batch = min(self.task.defaults["batches"][0], len(self.data.train.labels))
+        if self.task.pretrained and not args.teacher and not args.teacher_epochs and self.data.classes != 1000:
+            raise SystemExit("the teacher's classifier would be random: give --teacher-epochs or --teacher")
+        batch = min(self.task.defaults["batches"][0], len(self.data.train.labels) // self.world)
         settings = {"epochs": args.teacher_epochs, "batch": batch, "weight": method.weight, "kappa": None}
         run = Run(
             pair=name, method="teacher", seed=0, reduction="", warmup=0.0, **settings, **shared(args) | {"labelled": 1}
@@ -553,7 +565,7 @@ def everyone() -> None:
 
 def write(what: object, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_suffix(".partial")  # a run that is stopped leaves no half of a file
+    partial_file = path.with_suffix(f".{os.getpid()}.partial")  # a run that is stopped leaves no half of a file
     torch.save(what, partial_file)
     partial_file.replace(path)
 
@@ -577,8 +589,9 @@ def precision(args: argparse.Namespace) -> str:
 def shared(args: argparse.Namespace) -> dict[str, Any]:
     """What all runs of one call have in common."""
     return {
-        "data": Path(args.data).name,
+        "data": Path(args.data).resolve().name,
         "labelled": args.labelled,
+        "teacher": args.teacher_name,
         "teacher_epochs": args.teacher_epochs,
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "precision": precision(args),
@@ -651,7 +664,7 @@ def method_name(text: str) -> str:
 def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {task.module}", description=task.description)
     add = parser.add_argument
-    add("--data", required=True, type=task.source, help=task.source.__doc__)
+    add("--data", required=True, type=task.source, help=getattr(task.source, "func", task.source).__doc__)
     add("--pairs", choices=task.pairs, nargs="+", default=list(task.pairs), help="teacher_student (default: all)")
     add(
         "--methods",
@@ -703,26 +716,42 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
             parser.error(f"{name} needs the label of every image: leave it out or --labelled")
         if mixing and name.partition(":")[0] in NEED_LABELS:
             parser.error(f"{name} needs one label an image, and {mixing[0]} mixes images: leave one of them out")
+        if task.pretrained and name.partition(":")[0] in ("cwd", "sdd"):
+            parser.error(f"{name} needs maps of logits, which these pairs do not have: leave it out")
+    args.teacher_name = ""
     if args.teacher:
-        args.teacher_epochs = 0
+        digest = hashlib.sha256(args.teacher.read_bytes()).hexdigest()
+        args.teacher_name, args.teacher_epochs = f"{args.teacher.stem}-{digest[:8]}", 0
         if len(teachers := {task.pairs[pair][0] for pair in args.pairs}) > 1:
             parser.error(f"--teacher is of one teacher, and --pairs has {', '.join(sorted(teachers))}")
     given = sys.argv[1:] if argv is None else argv
     # As anybody could type it: where one machine keeps its images and its cache is of no use to another.
     words = [Path(word).name if Path(word).is_absolute() or Path(word).is_dir() else word for word in given]
-    args.command = shlex.join(["python", "-m", task.module, *words])
+    launcher = ["python", "-m"]
+    if dist.is_torchelastic_launched():
+        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m"]
+        if ":" in args.device:
+            parser.error(f"--device {args.device} is one device: give cuda, of which each process takes its own")
+    args.command = shlex.join([*launcher, task.module, *words])
     return args
+
+
+def shown(run: Run) -> str:
+    """What may be chosen by; the test images' where nothing is to be chosen."""
+    return f"test {run.test:.1f} %" if math.isnan(run.validation) else f"validation {run.validation:.1f} %"
 
 
 def main(argv: Sequence[str] | None = None, task: Task | None = None) -> None:
     task = task or CLASSIFICATION
+    if dist.is_torchelastic_launched() and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything asks for "cuda"
     args = parse(argv, task)
     if args.threads:
         torch.set_num_threads(args.threads)
     if dist.is_torchelastic_launched():
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        own = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else None
+        # A download, or the evaluation of the first process, may take long.
+        dist.init_process_group("nccl" if own else "gloo", device_id=own, timeout=timedelta(hours=2))
     first = not dist.is_initialized() or dist.get_rank() == 0
     done = args.done
     runs = [run for run in planned(args) if run.key not in done]
@@ -737,16 +766,13 @@ def main(argv: Sequence[str] | None = None, task: Task | None = None) -> None:
                 if first:
                     append(teacher, args.csv)
                 done.add(teacher.key)
-                console.print(f"{teacher.pair}: teacher {teacher.validation:.1f} %, {teacher.minutes:.1f} min")
+                console.print(f"{teacher.pair}: teacher {shown(teacher)}, {teacher.minutes:.1f} min")
             bench.distil(run)
             if first:
                 append(run, args.csv)
             progress.advance(bar)
             what = f"{run.pair} {run.method} weight {run.weight:g} seed {run.seed}"
-            console.print(
-                f"{what}: validation {run.validation:.1f} %, {run.step_ms:.0f} ms a step, {run.minutes:.1f} min",
-                soft_wrap=True,
-            )
+            console.print(f"{what}: {shown(run)}, {run.step_ms:.0f} ms a step, {run.minutes:.1f} min", soft_wrap=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -31,19 +31,19 @@ from benchmarks import distill
 from benchmarks.distill import Bench, Data, Network, Run, Split, Task, accuracy, cosine, fingerprint, folders, sgd
 from benchmarks.methods import Outputs
 
-# timm's names, and the blocks after which the four stages end; of twelve equal blocks the 2nd, 4th, 10th and 12th.
+# timm's names, with the weights that are meant, and the blocks after which the four stages end; of twelve equal blocks the 2nd, 4th, 10th and 12th.
 MAPS, GRIDS, EQUAL = (1, 2, 3, 4), (0, 1, 2, 3), (1, 3, 9, 11)
 NETWORKS = {
     "ResNet18": ("resnet18", MAPS),
-    "ResNet50": ("resnet50", MAPS),
+    "ResNet50": ("resnet50.a1_in1k", MAPS),
     "MobileNetV2": ("mobilenetv2_100", MAPS),
-    "ConvNeXt-T": ("convnext_tiny", GRIDS),
-    "Swin-T": ("swin_tiny_patch4_window7_224", GRIDS),
+    "ConvNeXt-T": ("convnext_tiny.fb_in1k", GRIDS),
+    "Swin-T": ("swin_tiny_patch4_window7_224.ms_in1k", GRIDS),
     "Swin-N": (64, GRIDS),  # these two are the papers' own: the width of the first stage, and two blocks in each
     "Swin-P": (48, GRIDS),
-    "DeiT-T": ("deit_tiny_patch16_224", EQUAL),
-    "ViT-S": ("vit_small_patch16_224", EQUAL),
-    "Mixer-B/16": ("mixer_b16_224", EQUAL),
+    "DeiT-T": ("deit_tiny_patch16_224.fb_in1k", EQUAL),
+    "ViT-S": ("vit_small_patch16_224.augreg_in21k_ft_in1k", EQUAL),
+    "Mixer-B/16": ("mixer_b16_224.goog_in21k_ft_in1k", EQUAL),
     "ResMLP-S12": ("resmlp_12_224", EQUAL),
 }
 PAIRS = {  # classes: student -> teachers
@@ -73,13 +73,16 @@ PUBLISHED = {
     (1000, "ConvNeXt-T", "ResMLP-S12"): (76.65, 77.53, 78.41),
 }
 SIDE = 224
+# The public code normalises CIFAR-100 by its own mean and deviation, everything else by ImageNet's.
+STATISTICS = {32: {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}, SIDE: {}}
 
 
 def build(name: str, classes: int) -> nn.Module:
     source = NETWORKS[name][0]
     if isinstance(source, str):
         return timm.create_model(source, num_classes=classes)
-    shape = {"embed_dim": source, "depths": (2,) * 4, "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.0}
+    shape = {"embed_dim": source, "depths": (2,) * 4, "num_heads": (2, 4, 8, 16)}
+    shape["drop_path_rate"] = 0.1 if classes == 100 else 0.0
     return SwinTransformer(num_classes=classes, **shape)
 
 
@@ -92,10 +95,10 @@ def outputs(model: nn.Module, network: Network, images: Tensor) -> Outputs:
 
 
 def pretrained(model: nn.Module, file: Path | None) -> None:
+    renamed = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # from older versions of timm
     if file is None:
-        timm.models.load_pretrained(model, num_classes=model.num_classes)
-    else:  # which older versions of timm may have written
-        renamed = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        timm.models.load_pretrained(model, num_classes=model.num_classes, filter_fn=renamed)
+    else:
         timm.models.load_checkpoint(model, str(file), filter_fn=renamed, weights_only=True)
 
 
@@ -122,8 +125,9 @@ PRESETS = {  # by classes; students that are convolutional, other students, teac
         Network(None, (), ADAMW, 1e-4, 0.05, smoothing=0.1),
     ),
     1000: (
-        Network(None, (), SGD, 0.2, 1e-4, stairs, math.inf, smoothing=0.1),  # 0.1 at a batch of 64
-        Network(None, (), ADAMW, 1e-3, 0.05, partial(cosine, up=20 / 300, floor=0.001), smoothing=0.1, strong=True),
+        # 0.1 at a batch of 8 x 64, and 1e-3 at 8 x 128
+        Network(None, (), SGD, 0.1 / 4, 1e-4, stairs, math.inf, smoothing=0.1),
+        Network(None, (), ADAMW, 1e-3 / 8, 0.05, partial(cosine, up=20 / 300, floor=0.001), smoothing=0.1, strong=True),
         Network(None, (), ADAMW, 1e-4, 0.05, smoothing=0.1),
     ),
 }
@@ -167,7 +171,7 @@ class Seen(Dataset):
 
 
 def source(part: str, text: str) -> str:
-    """The word "cifar100"; a folder of small images with train/ and test/; or ImageNet's, with train/ and val/."""
+    """The word "cifar100"; a folder of 32 x 32 images with train/ and test/; or ImageNet's, with train/ and val/."""
     return text if text == "cifar100" else folders(text, "train", part)
 
 
@@ -177,7 +181,9 @@ def load(part: str, source: str, cache: Path, device: torch.device) -> Data:
     else:
         sets = [ImageFolder(str(Path(source) / name)) for name in ("train", part)]
     train, test = (Split(images, torch.tensor(images.targets)) for images in sets)
-    return Data(train, Split([], torch.empty(0)), test, len(sets[0].classes), fingerprint(train.labels))
+    names = "".join(path[len(source) :] for path, _ in getattr(sets[0], "samples", ()))
+    digest = fingerprint(train.labels, torch.frombuffer(bytearray(source.encode() + names.encode()), dtype=torch.uint8))
+    return Data(train, Split([], torch.empty(0)), test, len(sets[0].classes), digest)
 
 
 def enlarged(images: Tensor) -> Tensor:
@@ -188,13 +194,18 @@ def enlarged(images: Tensor) -> Tensor:
 
 def loaded(size: int, bench: Bench, network: Network, run: Run, draw: torch.Generator, fixed: bool) -> Iterator:
     """An epoch of places, which nobody needs, images and labels; small images are enlarged on the device."""
-    strong = {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}
-    transform = create_transform(
-        size, is_training=True, interpolation="random", **(strong if network.strong else {"color_jitter": None})
-    )
+    strong = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}
+    kind = STATISTICS[size] | (strong if network.strong else {"color_jitter": None})
+    transform = create_transform(size, is_training=True, interpolation="random", **kind)
     seen, classes = Seen(bench.data.train.images, transform), {"num_classes": bench.data.classes}
-    order = torch.randperm(len(seen), generator=draw)[bench.rank : len(seen) // bench.world * bench.world : bench.world]
-    options = {"num_workers": bench.args.workers, "pin_memory": bench.device.type == "cuda", "generator": draw}
+    share = len(seen) // bench.world
+    if share < run.batch:
+        raise ValueError(f"a process has {share} images and a batch of {run.batch}: give smaller --batches")
+    order = torch.randperm(len(seen), generator=draw)[bench.rank : share * bench.world : bench.world]
+    seed = int(torch.randint(2**62, (), generator=draw)) + bench.rank  # each process has its own crops and mixtures
+    torch.manual_seed(seed)
+    options = {"num_workers": bench.args.workers, "pin_memory": bench.device.type == "cuda"}
+    options["generator"] = torch.Generator().manual_seed(seed)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, **classes), v2.CutMix(alpha=1.0, **classes)])
     for images, y in DataLoader(seen, run.batch, sampler=order.tolist(), drop_last=True, **options):
         images, y = enlarged(images.to(bench.device, non_blocking=True)), y.to(bench.device)
@@ -202,7 +213,9 @@ def loaded(size: int, bench: Bench, network: Network, run: Run, draw: torch.Gene
 
 
 def shown(size: int, bench: Bench, split: Split) -> Iterator[Tensor]:
-    transform = create_transform(size, interpolation="bicubic", crop_pct=0.875 if size == SIDE else 1.0)
+    transform = create_transform(
+        size, interpolation="bicubic", crop_pct=0.875 if size == SIDE else 1.0, **STATISTICS[size]
+    )
     for images, _ in DataLoader(Seen(split.images, transform), 100, num_workers=bench.args.workers):
         yield enlarged(images.to(bench.device))
 
@@ -237,8 +250,11 @@ TASKS = {
 
 def command(classes: int, pair: str) -> str:
     convolutional = pair.endswith(("_resnet18", "_mobilenetv2"))
-    words = ["python -m benchmarks.paper --data", "cifar100" if classes == 100 else "imagenet"]
-    words += ["--epochs 100 --batches 64"] if classes == 1000 and convolutional else []
+    if classes == 100:
+        words = ["python -m benchmarks.paper --data cifar100"]
+    else:
+        words = ["torchrun --nproc-per-node 8 -m benchmarks.paper --data imagenet"]
+        words += ["--epochs 100 --batches 64"] if convolutional else []
     return " ".join([*words, "--device cuda --bfloat16 --pairs", pair])
 
 

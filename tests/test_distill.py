@@ -326,7 +326,7 @@ def test_the_splits_do_not_overlap(images, tmp_path):
 
 def some_runs(path):
     shared = {"data": "d", "pair": "cnn_vit", "teacher_epochs": 1, "epochs": 2, "batch": 8, "precision": "float32"}
-    shared |= {"processes": 1}
+    shared |= {"processes": 1, "teacher": ""}
     shared |= {
         "labelled": 1,
         "views": 1,
