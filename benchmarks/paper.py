@@ -31,7 +31,8 @@ from benchmarks import distill
 from benchmarks.distill import Bench, Data, Network, Run, Split, Task, accuracy, cosine, fingerprint, folders, sgd
 from benchmarks.methods import Outputs
 
-# timm's names, with the weights that are meant, and the blocks after which the four stages end; of twelve equal blocks the 2nd, 4th, 10th and 12th.
+# timm's names, with the weights that are meant, and the blocks after which the four stages end; of twelve equal blocks
+# the 2nd, 4th, 10th and 12th.
 MAPS, GRIDS, EQUAL = (1, 2, 3, 4), (0, 1, 2, 3), (1, 3, 9, 11)
 NETWORKS = {
     "ResNet18": ("resnet18", MAPS),
