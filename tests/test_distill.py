@@ -16,7 +16,7 @@ pytest.importorskip("timm", reason="needs the bench extra")
 pytest.importorskip("rich", reason="needs the bench extra")
 from PIL import Image
 
-from benchmarks import distill, evidence, methods
+from benchmarks import distill, evidence, methods, segment
 from rsd_loss import rsd_loss
 
 T = 4.0
@@ -365,14 +365,15 @@ def test_weights_are_chosen_on_the_validation_images(tmp_path):
     assert table == ["| rsd | 0.03: 45.0; 0.1: 44.0; 1: 42.0 | 41.0 |", "| none | 0.1: 40.0 | 40.0 |"]
 
 
-@pytest.mark.parametrize("name", ["distill", "distill_steps", "sensitivity", "dense", "width"])
+@pytest.mark.parametrize("name", ["distill", "distill_steps", "sensitivity", "dense", "width", "segment"])
 def test_commands_plan_the_runs_of_the_results_and_no_others(name):
     lines = evidence.read(evidence.RESULTS / f"{name}.csv")
     students = [tuple(line[key] for key in distill.KEY) for line in lines if line["method"] != "teacher"]
+    task = segment.SEGMENTATION if name == "segment" else distill.CLASSIFICATION
     planned = [
         run.key
         for line in evidence.commands(lines)
-        for run in distill.planned(distill.parse(line.split()[3:], distill.CLASSIFICATION))
+        for run in distill.planned(distill.parse(line.split()[3:], task._replace(source=str)))
     ]
     assert sorted(planned) == sorted(students)
 
