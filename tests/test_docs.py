@@ -145,7 +145,8 @@ def test_evidence_tables_are_those_of_the_results():
     assert evidence.tuning(settings, *evidence.TUNED) in page
     assert overhead.markdown(evidence.RESULTS / "overhead.csv") in page
     page, dense = (ROOT / "docs" / "features.md").read_text(), evidence.read(evidence.RESULTS / "dense.csv")
-    assert evidence.variants(dense, "small_cnn_coarse") in page
+    for pair in ("small_cnn_coarse", "vit_cnn", "cnn_cnn"):
+        assert evidence.variants(dense, pair) in page
     assert evidence.origin(dense) in page
     page, width = (ROOT / "docs" / "settings.md").read_text(), evidence.read(evidence.RESULTS / "width.csv")
     assert evidence.widths(width) in page
