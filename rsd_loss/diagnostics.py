@@ -33,7 +33,7 @@ class Summary(NamedTuple):
 def summary(student: Tensor, teacher: Tensor, *, eps: float = 1e-5) -> Summary:
     """Four numbers about a batch. No square matrix larger than the smaller of (B, B) and (D, D) is formed.
 
-    Meant for every hundredth step or so: the singular values make a GPU wait.
+    Meant for every hundredth step or so: the singular values make the CPU wait for the GPU.
 
     Args:
         student: (B, D) projected student embeddings, as the loss gets them; float16, bfloat16, float32 or float64.

@@ -52,7 +52,7 @@ def dense_pairs(
 
     Args:
         student: (B, C_student, H, W) map, (B, H, W, C_student) map with ``channels_last``, or (B, N, C_student) tokens.
-        teacher: A map or tokens of the same images; its layout, grid and width may be others than the student's.
+        teacher: A map or tokens of the same images; its layout, grid and width may differ from the student's.
         prefix_tokens: Tokens ahead of the patches to leave out of token inputs; one number, or a
             (student, teacher) pair.
         grid: (rows, columns) of token inputs whose patches do not form a square; one grid, or a

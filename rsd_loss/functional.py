@@ -91,10 +91,10 @@ def rsd_loss(
         eps: Added to the standard deviation (outside the root), in the units of the embeddings.
         reduction: ``"sum"`` is the paper's loss; ``"mean"`` divides it by D, so that its weight does not depend on
             the width; ``"none"`` gives the (D,) losses of the student's features.
-        gather_distributed: Compute the loss of the batch of all processes in ``process_group``, which may hold
-            different numbers of rows. Every process gets the same loss. The average of the processes' gradients is
-            its gradient; DistributedDataParallel and FSDP take that average. All processes must make the call. No
-            effect in a single process.
+        gather_distributed: Compute the loss of the global batch: the rows of all processes in ``process_group``,
+            which may hold different numbers of them. Every process gets the same loss. Averaged over processes, as
+            DistributedDataParallel and FSDP do, the gradients are that of this loss. All processes must make the
+            call. No effect in a single process.
         process_group: The processes to gather over; the default group if None.
         implementation: ``"auto"`` picks ``"fused"``, or ``"reference"`` for ``torch.func`` transforms and DTensors;
             all give the same numbers by different means.

@@ -23,10 +23,10 @@ class RSDLoss(nn.Module):
         kappa: Weight of the decorrelation term; the paper's value is 0.01.
         eps: Added to the standard deviation, in the units of the embeddings.
         reduction: ``"sum"`` (the paper), ``"mean"`` or ``"none"``.
-        gather_distributed: Take the batch to be that of all processes in ``process_group``.
+        gather_distributed: Take the global batch, of all processes in ``process_group``.
         process_group: The processes to gather over; the default group if None. A deep copy keeps the group. A group
-            exists in its own process only, so pickling a module that holds one raises: set ``process_group = None``
-            first.
+            exists in its own process only, so pickling a module that holds one raises an error: set it to
+            None first.
         implementation: ``"auto"``, ``"fused"``, ``"triton"`` or ``"reference"``.
         return_terms: Return ``(loss, RSDTerms)`` rather than the loss.
 

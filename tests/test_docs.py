@@ -148,6 +148,9 @@ def test_evidence_tables_are_those_of_the_results():
     for pair in ("small_cnn_coarse", "vit_cnn", "cnn_cnn"):
         assert evidence.variants(dense, pair) in page
     assert evidence.origin(dense) in page
+    scenes = evidence.read(evidence.RESULTS / "segment.csv")
+    assert evidence.variants(scenes, "cnn_vit", "8") in page
+    assert evidence.origin(scenes, "benchmarks.segment") in page
     page, width = (ROOT / "docs" / "settings.md").read_text(), evidence.read(evidence.RESULTS / "width.csv")
     assert evidence.widths(width) in page
     assert evidence.origin(width) in page
