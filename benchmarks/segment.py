@@ -161,13 +161,14 @@ def picture(args: argparse.Namespace, path: Path) -> None:
     for run in distill.planned(args):
         bench.distil(run)
         with torch.no_grad():
-            panels[f"{run.method}, {run.validation:.1f} %"] = bench.student(normalise(scene[None])).argmax(1)[0]
-    figure = Figure(figsize=(5, 4), layout="constrained")
+            predicted = bench.student(normalise(scene[None])).argmax(1)[0]
+        panels[run.method.replace(":", ":\n") + f"\n{run.validation:.1f} %"] = predicted
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
     for axes, (title, panel) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         if isinstance(panel, Tensor):
             panel = np.ma.masked_equal(panel.cpu().numpy(), UNLABELLED)
         axes.imshow(panel, cmap="tab20", vmin=0, vmax=19, interpolation="nearest")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=9)
         axes.axis("off")
     figure.savefig(path, dpi=150)
 
