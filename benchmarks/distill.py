@@ -419,7 +419,8 @@ class Bench:
         draw = torch.Generator().manual_seed(run.seed)
         losses, times, minutes, first = [], [], 0.0, 0
         parts = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-        digest = hashlib.sha256(repr((self.data.fingerprint, run.key)).encode()).hexdigest()
+        which = (self.data.fingerprint, run.key, self.origin["commit"])  # no run is half of one code, half of another
+        digest = hashlib.sha256(repr(which).encode()).hexdigest()
         path = self.args.cache / f"{digest[:16]}.run"
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW keeps its steps on the CPU
