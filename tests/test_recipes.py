@@ -140,7 +140,7 @@ def test_timm_loop_takes_any_two_by_changing_names(recipe, student, teacher):
 
 def test_timm_loop(recipe):
     needs("timm")
-    assert recipe("timm_loop").main(epochs=1) > 5  # it runs; it takes eight epochs to come to 90
+    assert recipe("timm_loop").main(epochs=2) > 15  # a tenth is chance; it takes eight epochs to come to 90
 
 
 def test_timm_loop_compiled(recipe):
