@@ -6,7 +6,7 @@ one row per finished run to a CSV. A run that is in the file already is not repe
 A tenth of the training images is held out for validation, the same tenth in every run: choose by val_accuracy. The
 test images are looked at once, when a run is over. Every training image has a fixed set of augmented views, for which
 a teacher's outputs are computed once and kept. Within a seed all methods start from the same weights and see the same
-images in the same order.
+images in the same order. A run that is stopped goes on from its last whole epoch.
 """
 
 import argparse
@@ -369,7 +369,7 @@ class Bench:
 
     def __init__(self, task: Task, args: argparse.Namespace, progress: Progress) -> None:
         self.task, self.args, self.progress, self.device = task, args, progress, torch.device(args.device)
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = rank_and_world()
         if self.rank:
             everyone()  # the first process downloads what is missing
         self.data = task.load(args.data, args.cache, self.device)
@@ -558,6 +558,11 @@ class Bench:
         return self.fit(name, student, run, term, added.to(self.device), teach)
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def everyone() -> None:
     """Waits for the other processes."""
     if dist.is_initialized():
@@ -577,7 +582,7 @@ def kept(path: Path, make: Callable[[], Any], device: torch.device) -> Any:
     everyone()  # has looked, and then makes it together
     if missing:
         made = make()
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if rank_and_world()[0] == 0:
             write(made, path)
         everyone()
     return torch.load(path, map_location=device, weights_only=True, mmap=device.type == "cpu")
@@ -594,7 +599,7 @@ def shared(args: argparse.Namespace) -> dict[str, Any]:
         "labelled": args.labelled,
         "teacher": args.teacher_name,
         "teacher_epochs": args.teacher_epochs,
-        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "processes": rank_and_world()[1],
         "precision": precision(args),
         "views": args.views,
     }
@@ -753,7 +758,7 @@ def main(argv: Sequence[str] | None = None, task: Task | None = None) -> None:
         own = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else None
         # A download, or the evaluation of the first process, may take long.
         dist.init_process_group("nccl" if own else "gloo", device_id=own, timeout=timedelta(hours=2))
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = rank_and_world()[0] == 0
     done = args.done
     runs = [run for run in planned(args) if run.key not in done]
     console = Console(quiet=not first)

@@ -180,8 +180,8 @@ def options(line: Line) -> dict[str, tuple[str, ...]]:
         found["--threads"] = (threads[1],)
     if line["labelled"] != "1":
         found["--labelled"] = (line["labelled"],)
-    if line["precision"] == "bfloat16":
-        found["--bfloat16"] = ()
+    if line["precision"] != "float32":
+        found[f"--{line['precision']}"] = ()
     if line["warmup"] != cell(method.warmup):
         found["--warmup"] = (line["warmup"],)
     return found

@@ -28,7 +28,7 @@ class Outputs(NamedTuple):
 
     logits: Tensor  # (B, classes)
     embedding: Tensor  # (B, D), what the classifier sees
-    stages: list[Tensor]  # four maps or token grids, first to last; of a teacher maps in float16, at most 8 x 8
+    stages: list[Tensor]  # four maps or token grids, first to last; of a cached teacher small maps in float16
 
 
 class Setup(NamedTuple):
@@ -250,8 +250,7 @@ def rsd(setup: Setup, added: nn.ModuleList, criterion: Criterion | None = None, 
 
     `gather` takes the statistics over the batches of all processes, which the authors do not.
     """
-    gathered = RSDLoss(setup.kappa, reduction=setup.reduction, gather_distributed=True) if gather else None
-    return _projected(setup, added, _embedding, _embedding, criterion or gathered)
+    return _projected(setup, added, _embedding, _embedding, criterion or _criterion(setup, gather))
 
 
 def rsd_noproj(setup: Setup, added: nn.ModuleList) -> Term:
@@ -384,8 +383,8 @@ def together(setup: Setup, added: nn.ModuleList, names: tuple[str, ...]) -> Term
     return lambda s, t, y: torch.stack([weight * term(s, t, y) for weight, term in terms]).sum()
 
 
-def _criterion(setup: Setup) -> RSDLoss:
-    return RSDLoss(setup.kappa, reduction=setup.reduction)
+def _criterion(setup: Setup, gather: bool = False) -> RSDLoss:
+    return RSDLoss(setup.kappa, reduction=setup.reduction, gather_distributed=gather)
 
 
 def _projected(

@@ -12,7 +12,7 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +63,7 @@ PAIRS = {  # classes: student -> teachers
         "ResMLP-S12": ("ConvNeXt-T", "Swin-T"),
     },
 }
+CONVOLUTIONAL = ("ResNet18", "MobileNetV2")  # of the students
 # The student alone, under OFA and under RSD, as far as a public summary of the paper quotes its two tables.
 PUBLISHED = {
     (100, "Swin-T", "ResNet18"): (74.01, 80.54, 83.92),
@@ -106,7 +107,7 @@ def pretrained(model: nn.Module, file: Path | None) -> None:
 # How they are trained
 
 
-def stairs(steps: int) -> list[float]:
+def stairs(steps: int) -> Callable[[int], float]:
     """A tenth of the rate after each 30 of 100 epochs; the first three climb to it."""
     return lambda i: min(1.0, (i + 1) / max(1, 0.03 * steps)) * 0.1 ** int(i / (0.3 * steps))
 
@@ -118,18 +119,17 @@ def undecayed_vectors(make: type, parameters: list[nn.Parameter], lr: float, wei
     return make(groups, lr=lr, weight_decay=weight_decay)
 
 
-SGD, ADAMW = (partial(undecayed_vectors, make) for make in (sgd, torch.optim.AdamW))
-PRESETS = {  # by classes; students that are convolutional, other students, teachers that are fine-tuned
+CNN = {"optimizer": partial(undecayed_vectors, sgd), "clip": math.inf}
+TEACHER = {"optimizer": partial(undecayed_vectors, torch.optim.AdamW), "weight_decay": 0.05, "lr": 1e-4}
+OTHER = TEACHER | {"strong": True}
+PRESETS = {  # by classes: of students that are convolutional, and of others
     100: (
-        Network(None, (), SGD, 0.05, 2e-3, partial(cosine, up=3 / 300, floor=0.02), math.inf, smoothing=0.1),
-        Network(None, (), ADAMW, 5e-4, 0.05, partial(cosine, up=20 / 300, floor=0.02), smoothing=0.1, strong=True),
-        Network(None, (), ADAMW, 1e-4, 0.05, smoothing=0.1),
+        CNN | {"lr": 0.05, "weight_decay": 2e-3, "schedule": partial(cosine, up=3 / 300, floor=0.02)},
+        OTHER | {"lr": 5e-4, "schedule": partial(cosine, up=20 / 300, floor=0.02)},
     ),
-    1000: (
-        # 0.1 at a batch of 8 x 64, and 1e-3 at 8 x 128
-        Network(None, (), SGD, 0.1 / 4, 1e-4, stairs, math.inf, smoothing=0.1),
-        Network(None, (), ADAMW, 1e-3 / 8, 0.05, partial(cosine, up=20 / 300, floor=0.001), smoothing=0.1, strong=True),
-        Network(None, (), ADAMW, 1e-4, 0.05, smoothing=0.1),
+    1000: (  # 0.1 at a batch of 8 x 64, and 1e-3 at 8 x 128
+        CNN | {"lr": 0.1 / 4, "weight_decay": 1e-4, "schedule": stairs},
+        OTHER | {"lr": 1e-3 / 8, "schedule": partial(cosine, up=20 / 300, floor=0.001)},
     ),
 }
 
@@ -148,9 +148,9 @@ def cells(classes: int) -> Iterator[tuple[str, str, str]]:
 def networks(classes: int) -> dict[str, Network]:
     found = {}
     for _, teacher, student in cells(classes):
-        of_student = PRESETS[classes][0 if student in ("ResNet18", "MobileNetV2") else 1]
-        for name, label, preset in ((student, "", of_student), (teacher, "teacher-", PRESETS[classes][2])):
-            found[label + key(name)] = preset._replace(build=partial(build, name), blocks=NETWORKS[name][1])
+        of_student = PRESETS[classes][student not in CONVOLUTIONAL]
+        for name, label, preset in ((student, "", of_student), (teacher, "teacher-", TEACHER)):
+            found[label + key(name)] = Network(partial(build, name), NETWORKS[name][1], smoothing=0.1, **preset)
     return found
 
 
@@ -249,16 +249,6 @@ TASKS = {
 # The page
 
 
-def command(classes: int, pair: str) -> str:
-    convolutional = pair.endswith(("_resnet18", "_mobilenetv2"))
-    if classes == 100:
-        words = ["python -m benchmarks.paper --data cifar100"]
-    else:
-        words = ["torchrun --nproc-per-node 8 -m benchmarks.paper --data imagenet"]
-        words += ["--epochs 100 --batches 64"] if convolutional else []
-    return " ".join([*words, "--device cuda --bfloat16 --pairs", pair])
-
-
 def markdown(classes: int, overhead: Path) -> str:
     """A table of the pairs with what the papers report, and the command of each; operations are those of the file."""
     with overhead.open(newline="") as file:
@@ -266,10 +256,14 @@ def markdown(classes: int, overhead: Path) -> str:
     lines = ["| teacher | student | alone | OFA | RSD | RSD, run by us | hours on one H100 |", "|---" * 7 + "|"]
     commands = []
     for (pair, teacher, student), line in zip(cells(classes), found, strict=True):
-        commands.append(command(classes, pair))
-        epochs = 100 if "--epochs 100" in commands[-1] else 300
-        seen = epochs * (50_000 if classes == 100 else 1_281_167)
-        total = seen * (3 * int(line["student_operations"]) + int(line["teacher_operations"]))
+        if classes == 100:
+            call, epochs, images = "python -m benchmarks.paper --data cifar100", 300, 50_000
+        else:
+            call, epochs, images = "torchrun --nproc-per-node 8 -m benchmarks.paper --data imagenet", 300, 1_281_167
+            if student in CONVOLUTIONAL:
+                call, epochs = f"{call} --epochs 100 --batches 64", 100
+        commands.append(f"{call} --device cuda --bfloat16 --pairs {pair}")
+        total = epochs * images * (3 * int(line["student_operations"]) + int(line["teacher_operations"]))
         published = [f"{x:.2f}" for x in PUBLISHED.get((classes, teacher, student), ())] or ["-"] * 3
         hours = total / (0.1 * 989e12) / 3600
         lines.append(f"| {' | '.join([teacher, student, *published, 'not run', f'{hours:.2g}'])} |")

@@ -3,7 +3,8 @@
 Semantic segmentation of road scenes, between a network of one family and a teacher of another. DIR holds train/, val/
 and test/, each with images/NAME.png and labels/NAME.png, whose pixels are the class, 11 for none. Scores are the mean
 over classes of intersection over union, in percent, of all pixels of a split. Choose by that of validation; the test
-scenes are looked at once, when a run is over. Otherwise as benchmarks.distill.
+scenes are looked at once, when a run is over. Otherwise as benchmarks.distill. `--picture FILE`, with one pair, one
+seed and two methods, draws one scene instead, with its labels and what the two students make of it.
 """
 
 import argparse
@@ -174,7 +175,6 @@ def picture(args: argparse.Namespace, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """As benchmarks.distill; or `--picture FILE`, with two methods and one of everything else, draws one scene."""
     first = argparse.ArgumentParser(prog="python -m benchmarks.segment", add_help=False)
     first.add_argument("--picture", type=report.output)
     found, rest = first.parse_known_args(argv)
