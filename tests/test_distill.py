@@ -300,10 +300,12 @@ def test_a_stopped_run_goes_on_from_its_last_epoch(tmp_path, monkeypatch):
 
 
 def test_float16_follows_float32(tmp_path):
-    """Loosely: float16 has three digits, and a step multiplies what is lost."""
-    plain, half = (losses_on_noise(tmp_path, "--methods", "rsd", float16=half) for half in (False, True))
-    assert half == pytest.approx(plain, rel=0.05)
-    assert half != plain
+    """Loosely: float16 has three digits, and the first steps overflow until the scaler has found its scale."""
+    options = ("--methods", "rsd", "--epochs", "6")
+    plain, half = (losses_on_noise(tmp_path, *options, float16=half) for half in (False, True))
+    assert half[:2] == pytest.approx(plain[:2], rel=0.05)
+    assert half[:2] != plain[:2]
+    assert half[-1] < 0.85 * half[0], "it learns, which it does not if scaled gradients are clipped: 0.73 against 0.99"
 
 
 def test_bfloat16(run):
