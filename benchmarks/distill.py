@@ -717,13 +717,14 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--csv: {error}")
     mixing = [pair for pair in args.pairs if task.networks[task.pairs[pair][1]].strong]
-    for name in args.methods:
-        if args.labelled > 1 and name.partition(":")[0] in NEED_LABELS:
-            parser.error(f"{name} needs the label of every image: leave it out or --labelled")
-        if mixing and name.partition(":")[0] in NEED_LABELS:
-            parser.error(f"{name} needs one label an image, and {mixing[0]} mixes images: leave one of them out")
-        if task.pretrained and name.partition(":")[0] in ("cwd", "sdd"):
-            parser.error(f"{name} needs maps of logits, which these pairs do not have: leave it out")
+    for method in args.methods:
+        name = method.partition(":")[0]
+        if args.labelled > 1 and name in NEED_LABELS:
+            parser.error(f"{method} needs the label of every image: leave it out or --labelled")
+        if mixing and name in NEED_LABELS:
+            parser.error(f"{method} needs one label an image, and {mixing[0]} mixes images: leave one of them out")
+        if name in (OF_VECTORS if "cwd" in task.methods else OF_MAPS) or (task.pretrained and name == "sdd"):
+            parser.error(f"{method} is for other networks than these pairs have: leave it out")
     args.teacher_name = ""
     if args.teacher:
         digest = hashlib.sha256(args.teacher.read_bytes()).hexdigest()
@@ -784,6 +785,8 @@ def main(argv: Sequence[str] | None = None, task: Task | None = None) -> None:
 
 
 NEED_LABELS = ("dkd", "ofa", "sdd")
+OF_MAPS = ("cwd", "cwd_rsd_dense")  # of logits, which segmentation has
+OF_VECTORS = (*NEED_LABELS, "dist", "dist_rsd", "ofa_rsd", "rsd_balanced", "rsd_logits")
 CLASSIFICATION = Task(
     module="benchmarks.distill",
     source=source,

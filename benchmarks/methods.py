@@ -377,9 +377,9 @@ def ofa_rsd(setup: Setup, added: nn.ModuleList) -> Term:
     return term
 
 
-def together(setup: Setup, added: nn.ModuleList, names: tuple[str, ...]) -> Term:
-    """The terms of several methods, each with its own weight."""
-    terms = [(METHODS[name].weight, METHODS[name].build(setup, added)) for name in names]
+def together(setup: Setup, added: nn.ModuleList, weights: dict[str, float]) -> Term:
+    """The terms of several methods, of which `weights` has the names, with settings, and the weights."""
+    terms = [(weight, method_named(name).build(setup, added)) for name, weight in weights.items()]
     return lambda s, t, y: torch.stack([weight * term(s, t, y) for weight, term in terms]).sum()
 
 
@@ -562,8 +562,11 @@ METHODS = {
     "rsd_debiased": Method(rsd_debiased, 0.1, kappa=0.01),
     "rsd_relative": Method(rsd_relative, 0.1, kappa=0.01),
     "rsd_balanced": Method(rsd_balanced, 1.0, kappa=0.01),
-    "kd_rsd": Method(partial(together, names=("kd", "rsd")), 1.0, kappa=0.01),
-    "dist_rsd": Method(partial(together, names=("dist", "rsd")), 1.0, kappa=0.01),
+    "kd_rsd": Method(partial(together, weights={"kd": 9.0, "rsd": 0.1}), 1.0, kappa=0.01),
+    "dist_rsd": Method(partial(together, weights={"dist": 1.0, "rsd": 0.1}), 1.0, kappa=0.01),
+    "cwd_rsd_dense": Method(
+        partial(together, weights={"cwd": 3.0, "rsd_dense:pooled=0.0,teacher_stage=3": 0.3}), 1.0, kappa=0.01
+    ),
     "ofa_rsd": Method(ofa_rsd, 0.1, kappa=0.01),
     "sdd": Method(sdd, 1.0, warmup=30 / 240),
 }

@@ -138,8 +138,8 @@ def test_balanced_gradient_is_as_long_as_that_of_the_labels(batch):
 def test_methods_add_up_by_their_weights(batch):
     student, teacher = (methods.Outputs(x, x, []) for x in batch[:2])
     setup = methods.Setup(student, teacher, nn.Identity(), nn.Identity(), 0.3, "sum")
-    total = methods.together(setup, nn.ModuleList(), names=("kd", "rsd_logits"))(student, teacher, batch[2])
-    expected = 9 * methods.kd_loss(*batch[:2]) + 0.1 * rsd_loss(*batch[:2], kappa=0.3)
+    total = methods.together(setup, nn.ModuleList(), weights={"kd": 2.0, "rsd_logits": 0.1})(student, teacher, batch[2])
+    expected = 2 * methods.kd_loss(*batch[:2]) + 0.1 * rsd_loss(*batch[:2], kappa=0.3)
     torch.testing.assert_close(total, expected)
 
 
@@ -197,7 +197,7 @@ def run(images, tmp_path_factory):
 
 
 def test_every_method_runs_once(run):
-    every = [name for name in methods.METHODS if name != "cwd"]  # which is for maps of logits
+    every = [name for name in methods.METHODS if name not in distill.OF_MAPS]
     lines = run("--pairs", "cnn_cnn", "--methods", *every)
     assert [line["method"] for line in lines] == ["teacher", *every]
     assert {"pair", "method", "seed", "epochs", "batch", "weight", "kappa", "labelled"} <= lines[0].keys()
@@ -414,6 +414,7 @@ def test_the_map_of_settings_is_of_runs_without_a_warmup(tmp_path):
         (["--methods", "rsd_dense:side"], "rsd_dense has no value for 'side'"),
         (["--device", "gpu"], "--device: gpu cannot be used here: Expected one of cpu, cuda"),
         (["--labelled", "8", "--methods", "dkd"], "dkd needs the label of every image"),
+        (["--methods", "cwd_rsd_dense"], "cwd_rsd_dense is for other networks than these pairs have"),
         (["--csv", "."], r"--csv: '.' cannot be written \(Is a directory\)"),
         (["--csv", "README.md/runs.csv"], r"--csv: .* cannot be written \(Not a directory\)"),
         (["--csv", "CHANGELOG.md"], "--csv: CHANGELOG.md has other columns"),

@@ -167,7 +167,7 @@ def test_the_losses_of_a_step_are_one_graph():
         (["--teacher", "nothing.pth"], "there is no file nothing.pth"),
         (["--teacher", "README.md"], "--teacher is of one teacher, and --pairs has teacher-convnext-t, teacher-mixer"),
         (["--bfloat16", "--float16"], "not allowed with argument"),
-        (["--methods", "cwd"], "cwd needs maps of logits"),
+        (["--methods", "cwd"], "cwd is for other networks than these pairs have"),
         (["--labelled", "8"], "--labelled"),
         (["--workers", "0"], "--workers must be at least 1"),
     ],

@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import methods, segment
 
-METHODS = ("none", "kd", "cwd", "pkd", "fitnet_map", "rsd", "rsd_dense")
+METHODS = ("none", "kd", "cwd", "pkd", "fitnet_map", "rsd", "rsd_dense", "cwd_rsd_dense")
 
 
 def test_mean_iou():
@@ -105,6 +105,7 @@ def test_picture(scenes, tmp_path):
     [
         (["--picture"], "--picture: expected one argument"),
         (["--picture", "."], "'.' cannot be written"),
+        (["--methods", "rsd_logits"], "rsd_logits is for other networks than these pairs have"),
         (["--picture", "a.png", "--pairs", "cnn_vit"], "shows two runs, and this plans 21"),
     ],
 )
