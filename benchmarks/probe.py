@@ -33,8 +33,8 @@ def noise(task: Task) -> Data:
     size = segment.SIZE if task is segment.SEGMENTATION else (32, 32)
     images = torch.randint(256, (16, 3, *size), generator=generator, dtype=torch.uint8)
     labels = torch.randint(5, (16, *size) if task is segment.SEGMENTATION else (16,), generator=generator)
-    split = Split(images, labels)
-    return Data(split, split, split, 11, "noise")
+    train, few = Split(images, labels), Split(images[:2], labels[:2])
+    return Data(train, few, few, 11, "noise")
 
 
 def published() -> list[tuple[str, str, str]]:

@@ -32,7 +32,8 @@ def pytest_collection_modifyitems(config, items):
     elsewhere = "compiled" if os.environ.get("TRITON_INTERPRET") == "1" else "interpreted"
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(elsewhere)])
     items[:] = [item for item in items if not item.get_closest_marker(elsewhere)]
-    items.sort(key=lambda item: item.name != "test_in_the_interpreter")  # the longest first, beside all others
+    # The longest first, beside all others; those of the pool side by side, as each of xdist's workers has its own.
+    items.sort(key=lambda item: (item.name != "test_in_the_interpreter", "pool" not in item.fixturenames))
 
 
 @functools.cache

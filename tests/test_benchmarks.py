@@ -56,40 +56,6 @@ def test_limit():
     assert Rates(matmul=1e15, copy=1e9).limit(128, 768, "value_and_grad", 2) == pytest.approx(3 * 128 * 768 * 2 / 1e9)
 
 
-def test_quick_run(tmp_path, capsys):
-    pytest.importorskip("rich")
-    pytest.importorskip("matplotlib")
-    from benchmarks import report, throughput
-
-    path = tmp_path / "results" / "throughput.csv"
-    throughput.main(["--quick", "--csv", str(path), "--plot", str(tmp_path)])
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert {"contestant", "compiled", "rows", "features", "dtype", "mode", "median_ms", "limit_ms"} <= lines[0].keys()
-    assert {"peak_bytes", "operations", "device", "torch", "threads", "date", "commit", "status"} <= lines[0].keys()
-    assert len(lines) == len(throughput.QUICK_SHAPES) * len(throughput.MODES) * len(rivals.NAMES)
-    for line in lines:
-        if line["contestant"] in ("naive", "reference", "fused"):
-            assert line["status"] == "ok"
-            assert float(line["median_ms"]) > 0
-            assert float(line["limit_ms"]) > 0
-            assert int(line["peak_bytes"]) > 0
-            assert int(line["operations"]) > 0
-    assert {line["status"] for line in lines if line["contestant"] == "triton"} == {
-        "missing: triton needs a CUDA device"
-    }
-    assert [row.label for row in report.read_csv(path)][:2] == ["naive", "reference"]
-    assert (tmp_path / "speedup.png").stat().st_size > 0
-    assert (tmp_path / "width.png").stat().st_size > 0
-
-    capsys.readouterr()
-    throughput.main(["--table", str(path)])
-    out = capsys.readouterr().out
-    assert "| 128 x 256 |" in out
-    assert f"torch {torch.__version__}" in out
-    assert out.rstrip().endswith("`")
-
-
 def test_a_contestant_that_fails_is_reported(monkeypatch):
     pytest.importorskip("rich")
     from benchmarks import throughput
@@ -307,15 +273,42 @@ def test_overhead_has_whole_names_at_80_columns():
 
 
 def test_a_rehearsal_of_the_gpu_day(tmp_path, capsys):
+    """With it the quick run of the throughput benchmark, of which the day makes one table, and its plots."""
     pytest.importorskip("rich")
-    from benchmarks import gpu_day
+    pytest.importorskip("matplotlib")
+    from benchmarks import gpu_day, report, throughput
 
     gpu_day.main(["--out", str(tmp_path / "day"), "--device", "cpu", "--quick", "--dtypes", "float32"])
     out = capsys.readouterr().out
     assert " passed" in out.split("tests: ")[1].splitlines()[0]
-    assert [path.name.rpartition("_")[2] for path in (tmp_path / "day").glob("*.csv")] == ["float32.csv"]
     assert out.count("| 128 x 256 | fused, ") + out.count("| 128 x 256 | reference, ") == 1
     assert "triton was not timed: nothing follows" in out
+
+    (path,) = (tmp_path / "day").glob("*.csv")
+    assert path.name.endswith("_float32.csv")
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {"contestant", "compiled", "rows", "features", "dtype", "mode", "median_ms", "limit_ms"} <= lines[0].keys()
+    assert {"peak_bytes", "operations", "device", "torch", "threads", "date", "commit", "status"} <= lines[0].keys()
+    assert len(lines) == len(throughput.QUICK_SHAPES) * len(throughput.MODES) * len(rivals.NAMES)
+    for line in lines:
+        if line["contestant"] in ("naive", "reference", "fused"):
+            assert line["status"] == "ok"
+            assert float(line["median_ms"]) > 0
+            assert float(line["limit_ms"]) > 0
+            assert int(line["peak_bytes"]) > 0
+            assert int(line["operations"]) > 0
+    missing = {line["status"] for line in lines if line["contestant"] == "triton"}
+    assert missing == {"missing: triton needs a CUDA device"}
+    assert [row.label for row in report.read_csv(path)][:2] == ["naive", "reference"]
+
+    throughput.main(["--table", str(path), "--plot", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "| 128 x 256 |" in out
+    assert f"torch {torch.__version__}" in out
+    assert out.rstrip().endswith("`")
+    assert (tmp_path / "speedup.png").stat().st_size > 0
+    assert (tmp_path / "width.png").stat().st_size > 0
 
 
 def test_the_closing_table_of_the_gpu_day():

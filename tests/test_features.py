@@ -89,10 +89,9 @@ def test_pairs_may_be_lists():
     assert all(map(torch.equal, dense_pairs(student, teacher, prefix_tokens=1, grid=[[2, 4], (2, 4)]), want))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_gradient_reaches_the_features_compiled(dtype):
-    student = torch.randn(2, 6, 4, 4, dtype=dtype, requires_grad=True)
-    teacher = torch.randn(2, 5, 6, dtype=dtype)
+def test_gradient_reaches_the_features_compiled():
+    student = torch.randn(2, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 5, 6, dtype=torch.float64)
 
     def total(student, teacher):
         s, t = dense_pairs(student, teacher, prefix_tokens=1)
@@ -100,7 +99,4 @@ def test_gradient_reaches_the_features_compiled(dtype):
 
     want = torch.autograd.grad(total(student, teacher), student)
     got = torch.autograd.grad(torch.compile(total, fullgraph=True)(student, teacher), student)
-    # bfloat16 keeps eight bits; with 2 and 8 samples the gradient is a difference of nearly equal parts.
-    torch.testing.assert_close(
-        got, want, rtol=1e-2, atol=5e-2 * want[0].abs().max().item() if dtype != torch.float64 else 1e-9
-    )
+    torch.testing.assert_close(got, want)

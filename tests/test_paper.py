@@ -86,7 +86,7 @@ def images(tmp_path_factory):
         for label in "ab":
             for where in ("train", part):
                 (folder / kind / where / label).mkdir(parents=True)
-                for i in range(4 if where == "train" else 1):
+                for i in range(2 if where == "train" else 1):
                     pixels = random.integers(0, 255, (side, side, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / kind / where / label / f"{i}.png")
     return folder
@@ -108,7 +108,7 @@ def options(images, folder, pair, *more):
 
 def test_what_cannot_work_is_not_trained(images, tmp_path):
     words = options(images / "small", tmp_path, "vit-s_resnet18", "--methods", "rsd")
-    with pytest.raises(ValueError, match="a process has 8 images and a batch of 9: give smaller --batches"):
+    with pytest.raises(ValueError, match="a process has 4 images and a batch of 9: give smaller --batches"):
         paper.main([*words, "--batches", "9"])
     at = words.index("--teacher")
     with pytest.raises(SystemExit, match="classifier would be random"):
@@ -128,7 +128,7 @@ def lines(folder):
     ],
 )
 def test_two_steps(images, tmp_path, kind, pair, method, more):
-    few = ["--epochs", "1", "--batches", "4", "--methods", method]
+    few = ["--epochs", "1", "--batches", "2", "--methods", method]
     paper.main(options(images / kind, tmp_path, pair, *few, *more))
     teacher, student = lines(tmp_path)
     assert (teacher["method"], student["method"]) == ("teacher", method)
@@ -138,13 +138,13 @@ def test_two_steps(images, tmp_path, kind, pair, method, more):
     assert not list((tmp_path / "cache").glob("*.run")), "a run that is over leaves no checkpoint"
 
 
-def test_two_steps_of_two_processes(images, tmp_path):
+def test_a_step_of_two_processes(images, tmp_path):
     words = options(images / "small", tmp_path, "swin-t_resmlp-s12", "--methods", "rsd", "rsd:gather=True")
     few = ["--epochs", "1", "--batches", "2", "--threads", "1"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     subprocess.run([*launch, __file__, *words, *few], env=environment, check=True, timeout=300)
-    assert [(line["processes"], line["batch"]) for line in lines(tmp_path)] == [("2", "4"), ("2", "2"), ("2", "2")]
+    assert [(line["processes"], line["batch"]) for line in lines(tmp_path)] == [("2", "2")] * 3
 
 
 def test_the_losses_of_a_step_are_one_graph():
@@ -195,7 +195,7 @@ def compared(self, name, model, run, *args, fit=distill.Bench.fit, **options):
         everybody = [torch.empty_like(mine) for _ in range(self.world)]
         torch.distributed.all_gather(everybody, mine)
         # The classifier starts at zero, so it is the statistics that losses differ by.
-        assert torch.equal(*everybody) == (len(mine) != 2 or run.method != "rsd")
+        assert torch.equal(*everybody) == (len(mine) > 1 or run.method != "rsd")
     return found
 
 
