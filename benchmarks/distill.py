@@ -502,7 +502,7 @@ class Bench:
         args, above = self.args, self.task.taught_by.get(name)
         method = METHODS["kd" if above else "none"]
         if self.task.pretrained and not args.teacher and not args.teacher_epochs and self.data.classes != 1000:
-            raise SystemExit("the teacher's classifier would be random: give --teacher-epochs or --teacher")
+            report.refuse("the teacher's classifier would be random: give --teacher-epochs or --teacher")
         batch = min(self.task.defaults["batches"][0], len(self.data.train.labels) // self.world)
         settings = {"epochs": args.teacher_epochs, "batch": batch, "weight": method.weight, "kappa": None}
         run = Run(

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.transforms import v2
 
-from benchmarks import distill
+from benchmarks import distill, report
 from benchmarks.distill import Bench, Data, Network, Run, Split, Task, accuracy, cosine, fingerprint, folders, sgd
 from benchmarks.methods import Outputs
 
@@ -100,8 +100,12 @@ def pretrained(model: nn.Module, file: Path | None) -> None:
     renamed = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # from older versions of timm
     if file is None:
         timm.models.load_pretrained(model, num_classes=model.num_classes, filter_fn=renamed)
-    else:
+        return
+    try:
         timm.models.load_checkpoint(model, str(file), filter_fn=renamed, weights_only=True)
+    except Exception as error:  # of many kinds, by what else it is
+        what = str(error).strip().partition("\n")[0]
+        report.refuse(f"--teacher {file} has no weights of this {type(model).__name__}: {what}")
 
 
 # How they are trained
@@ -201,7 +205,7 @@ def loaded(size: int, bench: Bench, network: Network, run: Run, draw: torch.Gene
     seen, classes = Seen(bench.data.train.images, transform), {"num_classes": bench.data.classes}
     share = len(seen) // bench.world
     if share < run.batch:
-        raise ValueError(f"a process has {share} images and a batch of {run.batch}: give smaller --batches")
+        report.refuse(f"a process has {share} images and a batch of {run.batch}: give smaller --batches")
     order = torch.randperm(len(seen), generator=draw)[bench.rank : share * bench.world : bench.world]
     seed = int(torch.randint(2**62, (), generator=draw)) + bench.rank  # each process has its own crops and mixtures
     torch.manual_seed(seed)

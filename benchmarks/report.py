@@ -2,13 +2,14 @@
 
 import argparse
 import csv
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -48,6 +49,12 @@ class Row:
     @property
     def label(self) -> str:
         return f"{self.contestant} + compile" if self.compiled else self.contestant
+
+
+def refuse(sentence: str) -> NoReturn:
+    """Answers a mistake that shows only when the work has begun, with argparse's exit code."""
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def count(text: str) -> int:

@@ -106,13 +106,18 @@ def options(images, folder, pair, *more):
     return [str(word) for word in (*places, "--workers", "1", "--pairs", pair, *more)]
 
 
-def test_what_cannot_work_is_not_trained(images, tmp_path):
+def test_what_cannot_work_is_not_trained(images, tmp_path, capsys):
     words = options(images / "small", tmp_path, "vit-s_resnet18", "--methods", "rsd")
-    with pytest.raises(ValueError, match="a process has 4 images and a batch of 9: give smaller --batches"):
-        paper.main([*words, "--batches", "9"])
     at = words.index("--teacher")
-    with pytest.raises(SystemExit, match="classifier would be random"):
-        paper.main([*words[:at], *words[at + 2 :], "--teacher-epochs", "0"])
+    for more, sentence in (
+        ([*words, "--batches", "9"], "a process has 4 images and a batch of 9: give smaller --batches"),
+        ([*words[:at], *words[at + 2 :], "--teacher-epochs", "0"], "classifier would be random"),
+        ([*words, "--teacher", str(ROOT / "README.md")], "README.md has no weights of this VisionTransformer"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            paper.main(more)
+        assert caught.value.code == 2
+        assert sentence in capsys.readouterr().err
 
 
 def lines(folder):
