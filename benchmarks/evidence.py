@@ -34,6 +34,19 @@ RIVALS = {"kd": "KD", "dkd": "DKD", "dist": "DIST", "fitnet": "FitNets", "ofa": 
 TUNED = ("small_cnn_coarse", "256")  # the pair and batch at which rivals had several weights, too
 Line = dict[str, str]
 SETTING = [name for name in KEY if name not in ("seed", "teacher_epochs")]
+SCENES = {
+    "none": "the student alone",
+    "kd": "KD per pixel",
+    "cwd": "CWD",
+    "pkd": "PKD",
+    "fitnet_map": "FitNets on maps",
+    "rsd": "pooled term alone",
+    "rsd_dense": "both terms",
+    "rsd_dense:pooled=0.0": "dense term alone, last stages",
+    "rsd_dense:pooled=0.0,teacher_stage=3": "dense term alone",
+    "rsd_dense:pooled=0.0,student_stage=3": "dense term alone",
+    "cwd_rsd_dense": "CWD and the dense term",
+}
 
 
 def read(path: Path) -> list[Line]:
@@ -96,10 +109,27 @@ def markdown(lines: list[Line], pair: str, steps: list[Line]) -> str:
 def variants(lines: list[Line], pair: str, labelled: str = "1") -> str:
     """One line per method with its settings, the best on validation first."""
     here = groups(line for line in lines if (line["pair"], line["labelled"]) == (pair, labelled))
-    table = ["| method | weight | kappa | seeds | validation, % | test, % |", "|---" * 6 + "|"]
+    names = ["weight", "kappa"] if len({group[0]["epochs"] for group in here}) < 2 else ["epochs", "weight", "kappa"]
+    table = [f"| method | {' | '.join(names)} | seeds | validation, % | test, % |", "|---" * (4 + len(names)) + "|"]
     for group in sorted(here, key=lambda group: -statistics.mean(accuracies(group, "validation"))):
-        cells = [f"`{group[0]['method']}`", group[0]["weight"], group[0]["kappa"], str(len(group))]
+        cells = [f"`{group[0]['method']}`", *(group[0][name] for name in names), str(len(group))]
         cells += [spread(accuracies(group, split)) for split in ("validation", "test")]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def scenes(lines: list[Line], labelled: str) -> str:
+    """Validation / test of each method at the weight that is best on validation with the first seed."""
+    table = ["| method | ResNet to ViT | seeds | ViT to ResNet | seeds |", "|---" * 5 + "|"]
+    best: dict[str, dict[str, list[Line]]] = {}
+    for group in groups(line for line in lines if line["labelled"] == labelled and line["method"] in SCENES):
+        here, pair = best.setdefault(SCENES[group[0]["method"]], {}), group[0]["pair"]
+        here[pair] = max(group, here.get(pair, group), key=lambda runs: float(runs[0]["validation"]))
+    for name, found in sorted(best.items(), key=lambda item: -float(item[1]["cnn_vit"][0]["validation"])):
+        cells = [name]
+        for group in (found.get("cnn_vit", []), found.get("vit_cnn", [])):
+            both = " / ".join(spread(accuracies(group, split)) for split in ("validation", "test")) if group else ""
+            cells += [both, str(len(group) or "")]
         table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
 
