@@ -90,7 +90,7 @@ def over_none(group: list[Line], lines: list[Line], value: str, of: Callable[[fl
 def markdown(lines: list[Line], pair: str, steps: list[Line]) -> str:
     """One line per method and setting: mean and sample standard deviation of the test accuracy over the seeds."""
     table = [
-        "| method | epochs | weight | kappa | seeds | test accuracy, % | gain over none | parameters added | step time |",
+        "| method | epochs | weight | kappa | seeds | test accuracy, % | gain | parameters added | step time |",
         "|---" * 9 + "|",
     ]
     for group in groups(line for line in lines if line["pair"] == pair):
