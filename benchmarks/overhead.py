@@ -75,7 +75,7 @@ def markdown(path: Path) -> str:
     """The table of a file, in millions, and where it comes from."""
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
-    lines = ["| classes | teacher | student | student | RSD adds | OFA adds |", "|---" * 6 + "|"]
+    lines = ["| classes | teacher | student | its parameters | RSD adds | OFA adds |", "|---" * 6 + "|"]
     for row in found:
         millions = {name: f"{int(row[name]) / 1e6:.2f}" for name in ("student_parameters", "rsd_added", "ofa_added")}
         added = (f"{millions[f'{name}_added']} ({row[f'{name}_percent']} %)" for name in ("rsd", "ofa"))
