@@ -259,6 +259,7 @@ class Task(NamedTuple):
     pairs: dict[str, tuple[str, str]]  # teacher, student
     taught_by: dict[str, str]  # teachers that are trained under another
     methods: tuple[str, ...]  # by default
+    not_for: tuple[str, ...]  # methods that need other networks
     load: Callable[[str, Path, torch.device], Data]
     outputs: Callable[[nn.Module, Network, Tensor], Outputs]
     score: Callable[[Tensor, Tensor], float]  # of predictions and labels, in percent
@@ -723,7 +724,7 @@ def parse(argv: Sequence[str] | None, task: Task) -> argparse.Namespace:
             parser.error(f"{method} needs the label of every image: leave it out or --labelled")
         if mixing and name in NEED_LABELS:
             parser.error(f"{method} needs one label an image, and {mixing[0]} mixes images: leave one of them out")
-        if name in (OF_VECTORS if "cwd" in task.methods else OF_MAPS) or (task.pretrained and name == "sdd"):
+        if name in task.not_for:
             parser.error(f"{method} is for other networks than these pairs have: leave it out")
     args.teacher_name = ""
     if args.teacher:
@@ -786,7 +787,6 @@ def main(argv: Sequence[str] | None = None, task: Task | None = None) -> None:
 
 NEED_LABELS = ("dkd", "ofa", "sdd")
 OF_MAPS = ("cwd", "cwd_rsd_dense")  # of logits, which segmentation has
-OF_VECTORS = (*NEED_LABELS, "dist", "dist_rsd", "ofa_rsd", "rsd_balanced", "rsd_logits")
 CLASSIFICATION = Task(
     module="benchmarks.distill",
     source=source,
@@ -795,6 +795,7 @@ CLASSIFICATION = Task(
     pairs=PAIRS,
     taught_by=TAUGHT_BY,
     methods=("none", "kd", "dkd", "dist", "fitnet", "ofa", "rsd", "rsd_dense"),
+    not_for=OF_MAPS,
     load=load,
     outputs=outputs,
     score=accuracy,

@@ -234,6 +234,7 @@ def task(classes: int, size: int, part: str, **defaults: object) -> Task:
         pairs={name: (f"teacher-{key(teacher)}", key(student)) for name, teacher, student in cells(classes)},
         taught_by={},
         methods=("none", "rsd"),
+        not_for=(*distill.OF_MAPS, "sdd"),
         load=partial(load, part),
         outputs=outputs,
         score=accuracy,

@@ -143,6 +143,7 @@ SEGMENTATION = Task(
     pairs=PAIRS,
     taught_by={"vit": "cnn"},
     methods=("none", "kd", "cwd", "pkd", "fitnet_map", "rsd", "rsd_dense"),
+    not_for=(*distill.NEED_LABELS, "dist", "dist_rsd", "ofa_rsd", "rsd_balanced", "rsd_logits"),
     load=load,
     outputs=outputs,
     in_views=in_views,

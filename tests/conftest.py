@@ -41,11 +41,19 @@ def compiled_loss(backend="inductor"):
     return torch.compile(rsd_loss.rsd_loss, fullgraph=True, dynamic=True, backend=backend)
 
 
-@pytest.fixture(params=[*IMPLEMENTATIONS, "fused-compiled"])  # test_compile has the plain formula compiled
+def named_loss(name, backend="inductor"):
+    """rsd_loss with the implementation fixed, called as it is or compiled: "fused-compiled", say."""
+    name, _, compiled = name.partition("-")
+    return functools.partial(compiled_loss(backend) if compiled else rsd_loss.rsd_loss, implementation=name)
+
+
+LOSSES = (*IMPLEMENTATIONS, "fused-compiled")  # test_compile has the plain formula compiled
+
+
+@pytest.fixture(params=LOSSES)
 def loss(request):
-    """rsd_loss with the implementation fixed, called as it is or traced; code is generated where that may matter."""
-    name, _, compiled = request.param.partition("-")
-    return functools.partial(compiled_loss("aot_eager") if compiled else rsd_loss.rsd_loss, implementation=name)
+    """Compiled it is traced only; tests for which generated code may matter take `named_loss`."""
+    return named_loss(request.param, backend="aot_eager")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

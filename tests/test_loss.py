@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import compiled_loss, golden, pair, upstream
+from conftest import LOSSES, compiled_loss, golden, named_loss, pair, upstream
 from oracle import oracle
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -317,11 +317,10 @@ def test_teacher_of_inference_mode(shape, implementation):
 
 @pytest.mark.parametrize("offset", [100.3, 10000.3])
 @pytest.mark.parametrize("shape", [(40, 60), (300, 4), (2000, 4)])  # one block of rows and several
-@pytest.mark.parametrize("name", ["reference", "fused", "fused-compiled"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_constant_features_with_an_offset_are_dead(name, shape, offset):
     """Exactly, though their rounded mean is another number."""
-    name, _, compiled = name.partition("-")
-    loss = functools.partial(compiled_loss() if compiled else rsd_loss, implementation=name)
+    loss = named_loss(name)
     student, teacher = pair(*shape, torch.float32)
     student[:, 0] = teacher[:, 0] = offset
     student.requires_grad_()

@@ -126,15 +126,12 @@ def lines(folder):
 
 
 @pytest.mark.parametrize(
-    ("kind", "pair", "method", "more"),
-    [
-        ("small", "vit-s_resnet18", "rsd_dense", []),
-        ("large", "resnet50_deit-t", "rsd", []),
-    ],
+    ("kind", "pair", "method"),
+    [("small", "vit-s_resnet18", "rsd_dense"), ("large", "resnet50_deit-t", "rsd")],
 )
-def test_two_steps(images, tmp_path, kind, pair, method, more):
+def test_two_steps(images, tmp_path, kind, pair, method):
     few = ["--epochs", "1", "--batches", "2", "--methods", method]
-    paper.main(options(images / kind, tmp_path, pair, *few, *more))
+    paper.main(options(images / kind, tmp_path, pair, *few))
     teacher, student = lines(tmp_path)
     assert (teacher["method"], student["method"]) == ("teacher", method)
     assert re.fullmatch(pair.partition("_")[0] + "-[0-9a-f]{8}", student["teacher"])
