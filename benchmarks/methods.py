@@ -377,6 +377,19 @@ def ofa_rsd(setup: Setup, added: nn.ModuleList) -> Term:
     return term
 
 
+def cwd_rsd_dense(
+    setup: Setup,
+    added: nn.ModuleList,
+    cwd: float = 3.0,
+    dense: float = 0.3,
+    student_stage: int = 4,
+    teacher_stage: int = 3,
+) -> Term:
+    """CWD, and RSD of positions alone, with the factors `cwd` and `dense`."""
+    ours = f"rsd_dense:pooled=0.0,student_stage={student_stage},teacher_stage={teacher_stage}"
+    return together(setup, added, {"cwd": cwd, ours: dense})
+
+
 def together(setup: Setup, added: nn.ModuleList, weights: dict[str, float]) -> Term:
     """The terms of several methods, of which `weights` has the names, with settings, and the weights."""
     terms = [(weight, method_named(name).build(setup, added)) for name, weight in weights.items()]
@@ -564,9 +577,7 @@ METHODS = {
     "rsd_balanced": Method(rsd_balanced, 1.0, kappa=0.01),
     "kd_rsd": Method(partial(together, weights={"kd": 9.0, "rsd": 0.1}), 1.0, kappa=0.01),
     "dist_rsd": Method(partial(together, weights={"dist": 1.0, "rsd": 0.1}), 1.0, kappa=0.01),
-    "cwd_rsd_dense": Method(
-        partial(together, weights={"cwd": 3.0, "rsd_dense:pooled=0.0,teacher_stage=3": 0.3}), 1.0, kappa=0.01
-    ),
+    "cwd_rsd_dense": Method(cwd_rsd_dense, 1.0, kappa=0.01),
     "ofa_rsd": Method(ofa_rsd, 0.1, kappa=0.01),
     "sdd": Method(sdd, 1.0, warmup=30 / 240),
 }

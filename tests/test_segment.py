@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import methods, segment
 
-METHODS = ("none", "kd", "cwd", "pkd", "fitnet_map", "rsd", "rsd_dense", "cwd_rsd_dense")
+METHODS = ("none", "kd", "cwd", "pkd", "fitnet_map", "rsd", "rsd_dense", "cwd_rsd_dense:student_stage=3")
 
 
 def test_mean_iou():
