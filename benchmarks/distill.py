@@ -115,6 +115,7 @@ PAIRS = {  # teacher, student
     # For grids of settings: a student of a quarter of the cost, under teachers of 256 and 128 features.
     "cnn_coarse": ("resnet", "vit_coarse"),
     "small_cnn_coarse": ("resnet_small", "vit_coarse"),
+    "small_cnn_vit": ("resnet_small", "vit_small"),  # for finer grids: the teacher's third stage has 8 x 8, too
 }
 # On ten thousand images a transformer surpasses no small CNN by itself. So it is trained as DeiT was, under a CNN.
 TAUGHT_BY = {"vit": "resnet"}
@@ -371,6 +372,8 @@ class Bench:
     def __init__(self, task: Task, args: argparse.Namespace, progress: Progress) -> None:
         self.task, self.args, self.progress, self.device = task, args, progress, torch.device(args.device)
         self.rank, self.world = rank_and_world()
+        if args.threads:
+            torch.set_num_threads(args.threads)
         if self.rank:
             everyone()  # the first process downloads what is missing
         self.data = task.load(args.data, args.cache, self.device)
@@ -754,8 +757,6 @@ def main(argv: Sequence[str] | None = None, task: Task | None = None) -> None:
     if dist.is_torchelastic_launched() and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything asks for "cuda"
     args = parse(argv, task)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if dist.is_torchelastic_launched():
         own = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else None
         # A download, or the evaluation of the first process, may take long.

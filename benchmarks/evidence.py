@@ -46,6 +46,7 @@ SCENES = {
     "rsd_dense:pooled=0.0,teacher_stage=3": "dense term alone",
     "rsd_dense:pooled=0.0,student_stage=3": "dense term alone",
     "cwd_rsd_dense": "CWD and the dense term",
+    "cwd_rsd_dense:cwd=9.0,dense=1.0,student_stage=3,teacher_stage=4": "CWD and the dense term",
 }
 
 

@@ -155,8 +155,6 @@ SEGMENTATION = Task(
 
 def picture(args: argparse.Namespace, path: Path) -> None:
     """A validation scene, its labels, and what the students of the two planned runs make of it."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     bench = distill.Bench(SEGMENTATION, args, Progress())
     scene, labels = (x[len(x) // 2] for x in bench.data.validation)
     panels = {"scene": scene.permute(1, 2, 0).cpu().numpy(), "labels": labels}

@@ -47,7 +47,7 @@ def check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False,
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(
             f"student has {student.shape[0]} rows and teacher {teacher.shape[0]}: "
-            "row i of both must be the embedding of the same sample"
+            "give both networks the same batch, so that row i of both is the same sample"
         )
     if student.shape[0] < min_rows:
         raise ValueError(
