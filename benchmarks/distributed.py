@@ -209,7 +209,7 @@ def markdown(rows: list[Row]) -> str:
     """The documentation's table, of the value with the student's gradient, and a line that says where it comes from."""
     lines = [
         "| processes | rows x features in each | gather+reference, ms | gather+fused, ms | distributed, ms "
-        "| over gather+fused | MB sent, gathering / distributed | peak MB, gather+fused / distributed |",
+        "| gather+fused / distributed | MB sent, gathering / distributed | peak MB, gather+fused / distributed |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = [row for row in rows if row.mode == "value_and_grad"]

@@ -27,7 +27,7 @@ def pool(x: Tensor, *, prefix_tokens: int = 0, channels_last: bool | None = None
 
     Raises:
         TypeError: x is not a tensor.
-        ValueError: x has another layout, or not more than ``prefix_tokens`` tokens.
+        ValueError: x has another layout, or no token is left after ``prefix_tokens`` of them.
 
     Examples:
         >>> pool(torch.randn(8, 197, 384), prefix_tokens=1).shape

@@ -93,7 +93,7 @@ def rsd_loss(
             the width; ``"none"`` gives the (D,) losses of the student's features.
         gather_distributed: Compute the loss of the global batch: the rows of all processes in ``process_group``,
             which may hold different numbers of them. Every process gets the same loss. Averaged over processes, as
-            DistributedDataParallel and FSDP do, the gradients are that of this loss. All processes must make the
+            DistributedDataParallel and FSDP do, the gradients are those of this loss. All processes must make the
             call. No effect in a single process.
         process_group: The processes to gather over; the default group if None.
         implementation: ``"auto"`` picks ``"fused"``, or ``"reference"`` for ``torch.func`` transforms and DTensors;

@@ -1,4 +1,4 @@
-"""The paper's loss as its equations read: the teaching text, the oracle and the naive rival in one.
+"""The paper's loss as its equations read: the teaching text, the oracle and a rival of the benchmarks.
 
 The fast implementations compute the same numbers without the (D, D) matrix; see docs/fast-path.md.
 """
