@@ -245,7 +245,7 @@ def compiled_step(rank, group, implementation, rows, features):
         return rsd_loss(2 * student, teacher, **settings) + student.mean()
 
     results = []
-    for f in (step, torch.compile(step)):
+    for f in (step, torch.compile(step, backend="aot_eager")):
         ours = [own(rank, rows, x) for x in (student, teacher)]
         value = f(*ours)
         results.append([value, *torch.autograd.grad(value, ours)])
@@ -527,10 +527,6 @@ def compiled_before_the_group(rank, store):
     dist.destroy_process_group()
 
 
-def test_compiled_before_there_was_a_group(tmp_path):
-    spawn(compiled_before_the_group, args=(tmp_path / "store",), nprocs=2)
-
-
 def group_of_another_time(rank, store):
     for time in range(2):
         dist.init_process_group("gloo", init_method=f"file://{store}{time}", rank=rank, world_size=2)
@@ -542,8 +538,13 @@ def group_of_another_time(rank, store):
         dist.destroy_process_group()
 
 
-def test_group_of_another_time(tmp_path):
-    spawn(group_of_another_time, args=(tmp_path / "store",), nprocs=2)
+def groups_that_come_and_go(rank, folder):
+    compiled_before_the_group(rank, folder / "first")
+    group_of_another_time(rank, folder / "later")
+
+
+def test_groups_that_come_and_go(tmp_path):
+    spawn(groups_that_come_and_go, args=(tmp_path,), nprocs=2)
 
 
 def test_a_group_that_would_be_ignored(pool):

@@ -171,7 +171,7 @@ def test_dead_features(implementation, shape, dtype, constant):
     dead_features(functools.partial(rsd_loss, implementation=implementation), shape, dtype, constant)
 
 
-@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (1030, 8)])
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])  # more rows are no other graph: float16 has one block
 def test_dead_features_compiled(shape):
     dead_features(compiled_loss(), shape, torch.float16, 0.1)
 
