@@ -53,6 +53,7 @@ def published() -> list[tuple[str, str, str]]:
 def probes(cases: Sequence[tuple[str, str, str]]) -> Iterator[tuple[float, float]]:
     """The first two losses of each case."""
     tasks = {task.module: task for task in TASKS.values()}
+    benches: dict[str, Bench] = {}
     with tempfile.TemporaryDirectory() as cache:
         for module, pair, method in cases:
             task = tasks[module]._replace(source=str, load=lambda *_, task=tasks[module]: noise(task))
@@ -60,7 +61,9 @@ def probes(cases: Sequence[tuple[str, str, str]]) -> Iterator[tuple[float, float
             which = ["--data", "noise", "--cache", f"{cache}/{module}", "--pairs", pair, "--methods", method]
             args = parse([*which, *few], task)
             (run,) = planned(args)
-            first, second = Bench(task, args, Progress(disable=True)).distil(run)
+            if module not in benches:
+                benches[module] = Bench(task, args, Progress(disable=True))
+            first, second = benches[module].distil(run)
             yield first, second
 
 
