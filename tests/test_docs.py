@@ -145,7 +145,7 @@ def test_evidence_tables_are_those_of_the_results():
     assert evidence.tuning(settings, *evidence.TUNED) in page
     assert overhead.markdown(evidence.RESULTS / "overhead.csv") in page
     page, dense = (ROOT / "docs" / "features.md").read_text(), evidence.read(evidence.RESULTS / "dense.csv")
-    for pair in ("small_cnn_coarse", "vit_cnn", "cnn_cnn"):
+    for pair in ("small_cnn_coarse", "small_cnn_vit", "vit_cnn", "cnn_cnn"):
         assert evidence.variants(dense, pair) in page
     assert evidence.origin(dense) in page
     scenes = evidence.read(evidence.RESULTS / "segment.csv")
