@@ -18,11 +18,12 @@ sys.path.insert(0, str(ROOT))
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are kept at the root, and all results, to which pages link."""
     home = (ROOT / "README.md").read_text().partition("\n## What it computes")[0]
-    pages = {"index.md": home.replace("](docs/", "](").replace("](benchmarks/results/", "](results/")}
-    for name in ("contributing.md", "changelog.md"):
-        text = (ROOT / f"{Path(name).stem.upper()}.md").read_text()
-        pages[name] = text.replace("](README.md)", "](index.md)").replace("](docs/", "](")
+    pages = {"index.md": home}
+    pages |= {f"{name.lower()}.md": (ROOT / f"{name}.md").read_text() for name in ("CONTRIBUTING", "CHANGELOG")}
+    moved = {"docs/": "", "benchmarks/results/": "results/", "README": "index", "CONTRIBUTING": "contributing"}
     for name, text in pages.items():
+        for old, new in moved.items():
+            text = text.replace(f"]({old}", f"]({new}")
         files.append(File.generated(config, name, content=text))
     for path in sorted(RESULTS.iterdir()):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))

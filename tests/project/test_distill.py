@@ -421,7 +421,7 @@ def test_the_map_of_settings_is_of_runs_without_a_warmup(tmp_path):
     ],
 )
 def test_a_mistake_is_answered_with_a_sentence(images, options, message, capsys, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(SystemExit) as caught:
         distill.main([*(() if "--data" in options else ("--data", str(images))), *options])
     assert caught.value.code == 2

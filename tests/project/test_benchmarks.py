@@ -12,7 +12,7 @@ from pool import SIZE
 from benchmarks import rivals
 from rsd_loss import rsd_loss
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(("rows", "features"), [(16, 24), (24, 16)])

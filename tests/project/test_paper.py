@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks import distill, methods, overhead, paper
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WIDTHS = {  # of the embedding, of the last map or tokens, and on a side of the last grid
     "resnet18": (512, 512, 7),
     "resnet50": (2048, 2048, 7),

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("timm", reason="needs the bench extra")
 pytest.importorskip("rich", reason="needs the bench extra")
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def read(name):

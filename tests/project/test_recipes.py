@@ -23,7 +23,7 @@ try:
 except ImportError:  # test_lightning is skipped
     Callback = object
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 RECIPES = (
     "plain_loop",
     "timm_loop",
