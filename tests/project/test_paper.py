@@ -167,17 +167,19 @@ def test_the_losses_of_a_step_are_one_graph():
         (["--pairs", "swin-t_deit-t"], "invalid choice: 'swin-t_deit-t'"),
         (["--pairs", "convnext-t_deit-t", "--methods", "ofa"], "ofa needs one label an image"),
         (["--teacher", "nothing.pth"], "there is no file nothing.pth"),
-        (["--teacher", "README.md"], "--teacher is of one teacher, and --pairs has teacher-convnext-t, teacher-mixer"),
+        (["--teacher", "some.pth"], "--teacher is of one teacher, and --pairs has teacher-convnext-t, teacher-mixer"),
         (["--bfloat16", "--float16"], "not allowed with argument"),
         (["--methods", "cwd"], "cwd is for other networks than these pairs have"),
         (["--labelled", "8"], "--labelled"),
         (["--workers", "0"], "--workers must be at least 1"),
     ],
 )
-def test_a_mistake_is_answered_before_anything_is_downloaded(words, message, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_mistake_is_answered_before_anything_is_downloaded(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("some.pth").write_text("no weights\n")
+    places = ["--data", "cifar100", "--cache", ".", "--csv", "runs.csv"]  # for a mistake that is none any more
     with pytest.raises(SystemExit) as caught:
-        paper.main([*(() if "--data" in words else ("--data", "cifar100")), *words])
+        paper.main([*places, *words])
     assert caught.value.code == 2
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 

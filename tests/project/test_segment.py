@@ -85,12 +85,6 @@ def test_every_method_runs_once(scenes, tmp_path, pair):
     assert all(0 < float(line["test"]) < 100 for line in lines)
 
 
-def test_what_needs_labels_is_refused_without(scenes, capsys):
-    with pytest.raises(SystemExit):
-        segment.main(["--data", str(scenes), "--labelled", "8", "--methods", "dkd"])
-    assert "dkd needs the label of every image" in capsys.readouterr().err
-
-
 def test_picture(scenes, tmp_path):
     few = ["--epochs", "1", "--teacher-epochs", "1", "--batches", "4", "--views", "1", "--seeds", "0", "--threads", "1"]
     which = ["--pairs", "cnn_vit", "--methods", "none", "rsd_dense", "--labelled", "8"]
@@ -103,14 +97,16 @@ def test_picture(scenes, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--labelled", "8", "--methods", "dkd"], "dkd needs the label of every image"),
         (["--picture"], "--picture: expected one argument"),
         (["--picture", "."], "'.' cannot be written"),
         (["--methods", "rsd_logits"], "rsd_logits is for other networks than these pairs have"),
         (["--picture", "a.png", "--pairs", "cnn_vit"], "shows two runs, and this plans 21"),
     ],
 )
-def test_a_mistake_is_answered_with_a_sentence(scenes, words, message, capsys):
+def test_a_mistake_is_answered_with_a_sentence(scenes, words, message, capsys, tmp_path):
+    places = ["--data", str(scenes), "--cache", str(tmp_path), "--csv", str(tmp_path / "runs.csv")]
     with pytest.raises(SystemExit) as caught:
-        segment.main(["--data", str(scenes), *words])
+        segment.main([*places, *words])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
