@@ -89,7 +89,7 @@ def rsd_loss(
             its gradient; use ``torch.no_grad()`` around a frozen one.
         kappa: Weight of the decorrelation term; the paper's value is 0.01.
         eps: Added to the standard deviation (outside the root), in the units of the embeddings.
-        reduction: ``"sum"`` is the paper's loss; ``"mean"`` divides it by D, so that its size does not depend on
+        reduction: ``"sum"`` is the paper's loss; ``"mean"`` divides it by D, so that its size hardly depends on
             the width; ``"none"`` gives the (D,) losses of the student's features.
         gather_distributed: Compute the loss of the global batch: the rows of all processes in ``process_group``,
             which may hold different numbers of them. Every process gets the same loss. Averaged over processes, as

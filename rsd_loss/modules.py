@@ -87,7 +87,7 @@ class RSDLoss(nn.Module):
 
 
 class DecouplingProjector(nn.Module):
-    """Maps student embeddings to the teacher's width, and keeps the objective off the student's own features.
+    """Maps student embeddings to the teacher's width, so that the student's own features need not copy the teacher's.
 
     Linear -> BatchNorm1d -> GELU -> Linear, both Linear layers without bias: the paper's architecture-agnostic
     decoupling. Train it with the student (give the optimizer its parameters too) and drop it afterwards. Source: Zhang,
