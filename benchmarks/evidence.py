@@ -41,7 +41,7 @@ SCENES = {
     "pkd": "PKD",
     "fitnet_map": "FitNets on maps",
     "rsd": "pooled term alone",
-    "rsd_dense": "both terms",
+    "rsd_dense": "pooled and dense term",
     "rsd_dense:pooled=0.0": "dense term alone, last stages",
     "rsd_dense:pooled=0.0,teacher_stage=3": "dense term alone",
     "rsd_dense:pooled=0.0,student_stage=3": "dense term alone",
