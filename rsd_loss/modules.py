@@ -89,7 +89,7 @@ class RSDLoss(nn.Module):
 class DecouplingProjector(nn.Module):
     """Maps student embeddings to the teacher's width, so that the student's own features need not copy the teacher's.
 
-    Linear -> BatchNorm1d -> GELU -> Linear, both Linear layers without bias: the paper's architecture-agnostic
+    Linear -> BatchNorm1d -> GELU -> Linear; the Linear layers have no bias. The paper calls it architecture-agnostic
     decoupling. Train it with the student (give the optimizer its parameters too) and drop it afterwards. Source: Zhang,
     Liu, Ran and Ma, ICCV 2025, arXiv 2507.21844.
 
