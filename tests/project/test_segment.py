@@ -73,9 +73,13 @@ def scenes(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def places(scenes, tmp_path):
+    return ["--data", str(scenes), "--cache", str(tmp_path), "--csv", str(tmp_path / "runs.csv")]
+
+
 @pytest.mark.parametrize("pair", segment.PAIRS)
-def test_every_method_runs_once(scenes, tmp_path, pair):
-    places = ["--data", str(scenes), "--cache", str(tmp_path), "--csv", str(tmp_path / "runs.csv")]
+def test_every_method_runs_once(places, tmp_path, pair):
     few = ["--epochs", "1", "--teacher-epochs", "1", "--batches", "4", "--views", "2", "--seeds", "0", "--threads", "1"]
     segment.main([*places, *few, "--pairs", pair, "--labelled", "8", "--methods", *METHODS])
     with (tmp_path / "runs.csv").open(newline="") as file:
@@ -85,10 +89,9 @@ def test_every_method_runs_once(scenes, tmp_path, pair):
     assert all(0 < float(line["test"]) < 100 for line in lines)
 
 
-def test_picture(scenes, tmp_path):
+def test_picture(places, tmp_path):
     few = ["--epochs", "1", "--teacher-epochs", "1", "--batches", "4", "--views", "1", "--seeds", "0", "--threads", "1"]
     which = ["--pairs", "cnn_vit", "--methods", "none", "rsd_dense", "--labelled", "8"]
-    places = ["--data", str(scenes), "--cache", str(tmp_path), "--csv", str(tmp_path / "runs.csv")]
     segment.main([*places, *few, *which, "--picture", str(tmp_path / "scene.png")])
     drawn = np.asarray(Image.open(tmp_path / "scene.png"))
     assert min(part.std() for half in np.array_split(drawn, 2) for part in np.array_split(half, 2, axis=1)) > 1
@@ -104,8 +107,7 @@ def test_picture(scenes, tmp_path):
         (["--picture", "a.png", "--pairs", "cnn_vit"], "shows two runs, and this plans 21"),
     ],
 )
-def test_a_mistake_is_answered_with_a_sentence(scenes, words, message, capsys, tmp_path):
-    places = ["--data", str(scenes), "--cache", str(tmp_path), "--csv", str(tmp_path / "runs.csv")]
+def test_a_mistake_is_answered_with_a_sentence(places, words, message, capsys):
     with pytest.raises(SystemExit) as caught:
         segment.main([*places, *words])
     assert caught.value.code == 2
