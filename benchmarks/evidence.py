@@ -6,6 +6,7 @@ Prints the tables of docs/evidence.md and draws its plots, from the files in ben
 import argparse
 import csv
 import itertools
+import operator
 import re
 import shlex
 import statistics
@@ -123,6 +124,7 @@ def scenes(lines: list[Line], labelled: str) -> str:
     """Validation / test of each method at the weight that is best on validation with the first seed."""
     table = ["| method | ResNet to ViT | seeds | ViT to ResNet | seeds |", "|---" * 5 + "|"]
     best: dict[str, dict[str, list[Line]]] = {}
+    lines = sorted(lines, key=operator.itemgetter("seed"))  # they finished in any order
     for group in groups(line for line in lines if line["labelled"] == labelled and line["method"] in SCENES):
         here, pair = best.setdefault(SCENES[group[0]["method"]], {}), group[0]["pair"]
         here[pair] = max(group, here.get(pair, group), key=lambda runs: float(runs[0]["validation"]))
