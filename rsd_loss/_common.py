@@ -1,49 +1,79 @@
-"""What backends, modules, features and diagnostics share: checks, dtypes, and the refusal of a second derivative."""
+"""Shared argument checks, dtype rules, and the refusal of a second derivative."""
 
+import math
 import numbers
+import operator
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_number(name: str, value: float) -> None:
-    """Raises unless value is a finite number that is not negative."""
+def check_number(name: str, value: float) -> float:
+    """Returns value as a Python float; raises unless it is a finite number of at least 0."""
     # A tensor is refused too: comparing it would read its value, a hidden device synchronisation.
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: pass a Python float")
-    if not 0 <= value <= 1e308:  # an int or a fraction may be more than any float
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond any float
+        number = math.inf
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be a finite number that is not negative, got {value}")
+    return number
+
+
+def check_width(name: str, value: int) -> int:
+    """Returns value as a Python int; raises unless it is an integer (numpy's included) of at least 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return number
 
 
 def check_tensor(name: str, x: object) -> None:
-    """Raises unless x is a tensor."""
+    """Raises unless x is a tensor of a floating-point dtype that the loss takes."""
     if not isinstance(x, Tensor):
         way_out = "convert it with torch.as_tensor"
         if x is None or isinstance(x, (tuple, dict)):
             way_out = "pick the embedding out of the model's output"
+        elif isinstance(x, list) and x and isinstance(x[0], Tensor):
+            way_out = "for several layers, call the loss once for each layer"
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: {way_out}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}: "
+            "pass real-valued embeddings, not labels or indices"
+        )
+
+
+def check_embedding(name: str, x: Tensor) -> None:
+    """Raises unless x is a dense (B, D) tensor; like all checks, looks at metadata only, never at values."""
+    check_tensor(name, x)
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}: pass {name}.to_dense()")
+    if x.ndim != 2:
+        pooled = "pool maps and tokens with rsd_loss.features.pool, or make samples of positions with dense_pairs"
+        way_out = pooled if x.ndim > 2 else "keep the batch dimension"
+        raise ValueError(f"{name} must be (batch, features), got shape {tuple(x.shape)}: {way_out}")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
 
 
 def check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False, min_rows: int = 2) -> None:
-    """Raises unless both are (B, D) floating-point tensors that fit; looks at metadata only, never at values."""
-    for name, x in (("student", student), ("teacher", teacher)):
-        check_tensor(name, x)
-        if x.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}: "
-                "pass real-valued embeddings, not labels or indices"
-            )
-        if x.layout != torch.strided:
-            raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}: pass {name}.to_dense()")
-        if x.ndim != 2:
-            pooled = "pool maps and tokens with rsd_loss.features.pool, or make samples of positions with dense_pairs"
-            way_out = pooled if x.ndim > 2 else "keep the batch dimension"
-            raise ValueError(f"{name} must be (batch, features), got shape {tuple(x.shape)}: {way_out}")
-        if x.shape[1] == 0:
-            raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
+    """Raises unless both are embeddings of the same batch, on the same device and, if so asked, of the same width."""
+    check_embedding("student", student)
+    check_embedding("teacher", teacher)
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(
             f"student has {student.shape[0]} rows and teacher {teacher.shape[0]}: "
@@ -72,22 +102,24 @@ def check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False,
         )
 
 
-def needs_reference(*embeddings: Tensor) -> str | None:
-    """Why only the plain formula can take these embeddings, or None if others can."""
+def why_only_reference(*embeddings: Tensor) -> str | None:
+    """Why these inputs need the reference implementation, or None."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms differentiate and batch plain operations only"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD differentiates plain operations only"
     if any(hasattr(x, "device_mesh") for x in embeddings):
         return "an embedding is a DTensor, of which it would see the local part only"
     return None
 
 
-def statistics_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """That of means, norms and sums: at least float32."""
-    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+def statistics_dtype(*embeddings: Tensor) -> torch.dtype:
+    """Dtype of means, norms and sums: float32 or wider."""
+    return reduce(torch.promote_types, (x.dtype for x in embeddings), torch.float32)
 
 
 def product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """That of the matrix products: autocast's, else that of the embeddings."""
+    """Dtype of the matrix products: autocast's, else that of the embeddings."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     device = student.device.type
     # As for any matmul under autocast, float64 stays as it is.
@@ -95,25 +127,35 @@ def product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device."""
+    """Whether autocast is on for this type of device."""
     return device != "meta" and torch.is_autocast_enabled(device)  # meta has no autocast to ask about
 
 
-def once_differentiable(grads: list[Tensor | None], *inputs: Tensor) -> list[Tensor | None]:
-    """Under create_graph=True, makes gradients refuse to be differentiated with respect to the inputs."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return grads
-    return [None if grad is None else _Once.apply(grad, *inputs) for grad in grads]
+def no_autocast(device: str) -> AbstractContextManager[object]:
+    """Switches autocast off where it is on."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
-        return grad.view_as(grad)
+def refuse_second_derivative(x: Tensor, *inputs: Tensor) -> Tensor:
+    """A copy of x that raises a clear error where it is differentiated with respect to itself or the inputs."""
+    copy: Tensor = _refuse_op(x, list(inputs))
+    return copy
 
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> NoReturn:
-        raise RuntimeError(
-            "the fast implementations of rsd_loss have no second derivative: "
-            'pass implementation="reference" where double backward is needed'
-        )
+
+def raise_no_second_derivative(*_: Any) -> NoReturn:
+    """The backward of a gradient, for torch's register_autograd."""
+    raise RuntimeError(
+        "the fast implementations of rsd_loss have no second derivative: "
+        'pass implementation="reference" where double backward is needed'
+    )
+
+
+# An operator, as a compiler would look through a function and drop inputs of which no value is used.
+_refuse_op = torch.library.custom_op(
+    "rsd_loss::no_second_derivative",
+    lambda x, inputs: x.clone(),
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] inputs) -> Tensor",
+)
+_refuse_op.register_fake(lambda x, inputs: x.clone())
+_refuse_op.register_autograd(raise_no_second_derivative)

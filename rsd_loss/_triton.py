@@ -1,16 +1,13 @@
-"""The three steps as Triton kernels: moments -> small product -> apply; the two products are torch.mm.
+"""The three steps as Triton kernels: moments -> small product -> apply; the products are torch.mm.
 
-Notation: c is a centred column, n its length, z = scale * c / (n + eps sqrt(B)) the stored standardised column. Unit
-columns take up the 1/B of P = Zt' Zs / B, so that no product of half-precision operands leaves the range of float16;
-scale = sqrt(min(1, B / D)) does the same for the (B, B) Gram matrix, whose trace it bounds by B. With ``grow`` =
-1 / scale^2 = max(1, D / B), and M the product of three stored matrices,
+With n the norm of a centred column c and z = c / (n + eps sqrt(B)) the column as stored, in the dtype of the products,
 
     M = Zt Zt' Zs = (Zt Zt') Zs  [wide]  = Zt (Zt' Zs)  [tall]
-    d = grow colsum(Zt o Zs)      q = grow^2 colsum(M o Zs) = grow^2 colsum(P o P)      off = q - d^2
-    dL/dXs = 2 u / scale o [ (kappa grow M + (e - kappa d) o Zt) / (n + eps sqrt(B)) - (kappa off + e d) o Zs / n ]
+    d = colsum(Zt o Zs)     q = colsum(M o Zs) = colsum(P o P)     off = q - d^2     e = d - 1
+    dL/dXs = 2 u o [ (kappa M + (e - kappa d) o Zt) / (n + eps sqrt(B)) - (kappa off + e d) o Zs / n ]
 
-where e = d - 1 and u is the gradient of the caller's scalar in the D losses. One launch each: [moments,] standardise,
-two products, columns (d, off and the losses) and gradient; the caller's sum is the seventh at most.
+and u the upstream gradient of the D losses. One launch each: [moments,] standardise, two products, columns (d, off and
+the losses) and gradient; the caller's sum is the seventh at most.
 """
 
 from __future__ import annotations
@@ -22,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsd_loss._common import autocasts, once_differentiable, product_dtype
+from rsd_loss._common import no_autocast, product_dtype, refuse_second_derivative
 from rsd_loss._distributed import Shard, merge_over_processes, sum_over_features, sum_over_rows
 
 try:
     import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
     import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
-except ImportError:  # unavailable() says so, and the kernels below stay plain functions that nothing calls
+except ImportError:  # why_unavailable says so, and the kernels below stay plain functions that nothing calls
     triton = None
 
 # The tile of every kernel. 32 columns are a 128-byte line of float32 and two 32-byte sectors of float16.
@@ -37,7 +34,7 @@ _BLOCK_R, _BLOCK_C = 32, 32
 _ROWS, _PARTS = 512, 64
 
 
-def unavailable(*embeddings: Tensor) -> str | None:
+def why_unavailable(*embeddings: Tensor) -> str | None:
     """Why these embeddings cannot go through the kernels, or None if they can; looks at metadata only."""
     if not _INSTALLED:
         return "triton is not installed (it comes with PyTorch's CUDA builds for Linux)"
@@ -96,35 +93,32 @@ class _FeatureLosses(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None, None, None
         d, off, z, stats, product, *inputs = ctx.saved_tensors
+        compiling = torch.compiler.is_compiling()
         grads: list[Tensor | None] = [None, None]
         # The products keep the dtype that forward gave them, whatever autocast is around backward().
-        device = z.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+        with torch.set_grad_enabled(compiling), no_autocast(z.device.type):
+            if compiling:
+                upstream = refuse_second_derivative(upstream, *inputs)
             if ctx.needs_input_grad[0]:
                 m = torch.mm(z[1], product) if ctx.tall else product
-                _, batch, features = z.shape
-                grads[0] = torch.empty((batch, features), dtype=ctx.dtypes[0], device=z.device)
+                grads[0] = torch.empty(m.shape, dtype=ctx.dtypes[0], device=z.device)
                 # The compiler traces this with strides that the upstream need not have when it runs.
-                u = upstream.contiguous() if torch.compiler.is_compiling() else upstream
-                stride = 1 if torch.compiler.is_compiling() else u.stride(0)
-                sizes = (batch, features, *_whole(z, ctx.shard))
-                grid = (-(-batch // _BLOCK_R) * -(-features // _BLOCK_C),)
-                args = (u, stride, m, d, off, z, stats, grads[0], *sizes, ctx.kappa)
+                u = upstream.contiguous() if compiling else upstream
+                stride = 1 if compiling else u.stride(0)
+                grid = (-(-m.shape[0] // _BLOCK_R) * -(-m.shape[1] // _BLOCK_C),)
+                args = (u, stride, m, d, off, z, stats, grads[0], *m.shape, ctx.kappa)
                 _gradient[grid](*args, block_r=_BLOCK_R, block_c=_BLOCK_C)
             if ctx.needs_input_grad[1]:
                 grads[1] = _teacher_gradient(ctx, upstream, d, z, stats, product).to(ctx.dtypes[1])
-        return *once_differentiable(grads, upstream, *inputs), None, None, None, None
-
-
-def _whole(z: Tensor, shard: Shard | None) -> tuple[int, int]:
-    """Rows and features of the whole batch, which every process scales by."""
-    return (z.shape[1], z.shape[2]) if shard is None else (shard.rows, shard.features)
+        if torch.is_grad_enabled() and not compiling:
+            grads = [grad if grad is None else refuse_second_derivative(grad, upstream, *inputs) for grad in grads]
+        return *grads, None, None, None, None
 
 
 def _forward(
     student: Tensor, teacher: Tensor, kappa: float, eps: float, tall: bool, shard: Shard | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The losses, d and off; then what the gradients need: both z, their column factors, and P (tall) or M (wide)."""
+    """The losses, d and off; then both z, stats = 1 / (n + eps sqrt(B)) and 1 / n, and P (tall) or M (wide)."""
     (batch, features), device = student.shape, student.device
     by_rows = shard is not None and shard.by_rows
     most = 1 if by_rows else min(_PARTS, -(-batch // _ROWS))
@@ -142,34 +136,33 @@ def _forward(
     if shard is not None and by_rows:
         means, squares = moments[:, 0].unbind(dim=1)
         own = torch.stack((student[0].double(), teacher[0].double())) + means
-        apart, squares, _ = merge_over_processes(shard, batch, own, squares)
-        moments.copy_(torch.stack((means - apart, squares), dim=1).unsqueeze(1))
-    whole = _whole(z, shard)
-    max_parts = _PARTS if separate else 0
-    _standardise[grid](*inputs, moments, z, stats, batch, features, *whole, chunk, eps, max_parts=max_parts, **blocks)
+        mean_offset, squares, _ = merge_over_processes(shard, batch, own, squares)
+        moments.copy_(torch.stack((means - mean_offset, squares), dim=1).unsqueeze(1))
+    all_rows, max_parts = batch if shard is None else shard.rows, _PARTS if separate else 0
+    _standardise[grid](
+        *inputs, moments, z, stats, batch, features, chunk, eps * all_rows**0.5, max_parts=max_parts, **blocks
+    )
     if tall:
         product = sum_over_rows(torch.mm(z[1].T, z[0]), shard).to(z.dtype)
     else:
         product = torch.mm(sum_over_features(torch.mm(z[1], z[1].T), shard).to(z.dtype), z[0])
     losses = torch.empty(features, dtype=torch.float32, device=device)
     d, off = torch.empty_like(losses), torch.empty_like(losses)
-    _columns[grid[:1]](product, z, losses, d, off, batch, features, *whole, kappa, tall=tall, **blocks)
+    _columns[grid[:1]](product, z, losses, d, off, batch, features, kappa, tall=tall, **blocks)
     return losses, d, off, z, stats, product
 
 
 def _teacher_gradient(ctx: Any, upstream: Tensor, d: Tensor, z: Tensor, stats: Tensor, product: Tensor) -> Tensor:
     """The rare case, in torch: the roles swap (P -> P'), and the upstream gradient stands inside the product."""
     (z_s, z_t), kappa, tall, shard = z, ctx.kappa, ctx.tall, ctx.shard
-    batch, features = _whole(z, shard)
-    grow = max(1.0, features / batch)
     # Inside a half-precision product u must be O(1); its size, a GradScaler's 65536 say, comes back in float32.
     size = sum_over_features(upstream.abs().amax().clamp_min(torch.finfo(torch.float32).tiny), shard)
     u = upstream / size
     inner = (product * u).T if tall else sum_over_features(torch.mm((z_s * u).to(z.dtype), z_s.T), shard)
     m = torch.mm(z_s, inner.to(z.dtype)) if tall else torch.mm(inner, z_t)
-    along = 2 * kappa * grow * m.float() + (2 * u * ((1 - kappa) * d - 1)) * z_s
-    through_norm = grow * sum_over_rows((along * z_t).sum(dim=0), shard)
-    grad: Tensor = size * (stats[1, 0] * along - (stats[1, 1] * through_norm) * z_t)
+    m = 2 * kappa * m.float() + (2 * u * ((1 - kappa) * d - 1)) * z_s
+    g = stats[1, 1] * sum_over_rows((m * z_t).sum(dim=0), shard)
+    grad: Tensor = size * (stats[1, 0] * m - g * z_t)
     return grad
 
 
@@ -180,9 +173,9 @@ def _jit(function: Callable[..., None]) -> Any:
 @_jit
 def _merge(count, mean, m2):  # type: ignore[no-untyped-def]
     """Chan's formula along axis 0: the mean of all, and the sum of squares about it."""
-    whole = tl.sum(count * mean, axis=0) / tl.sum(count, axis=0)
-    apart = mean - whole[None, :]
-    return whole, tl.sum(m2 + count * apart * apart, axis=0)
+    mean_of_all = tl.sum(count * mean, axis=0) / tl.sum(count, axis=0)
+    mean_offset = mean - mean_of_all[None, :]
+    return mean_of_all, tl.sum(m2 + count * mean_offset * mean_offset, axis=0)
 
 
 @_jit
@@ -216,7 +209,10 @@ def _moments(  # type: ignore[no-untyped-def]
     student_ptr, teacher_ptr, s_row, s_col, t_row, t_col, moments_ptr, batch, features, chunk,
     block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squares of one chunk of rows of one block of columns of one input, to (2, parts, 2, D)."""
+    """Writes moments (2, parts, 2, D): for each input and chunk of rows, the mean and the sum of squares about it.
+
+    One program takes one chunk, one block of columns and one input, and reads its values once.
+    """
     which = tl.program_id(2)
     cols = tl.program_id(0) * block_c + tl.arange(0, block_c)
     col_mask = cols < features
@@ -234,9 +230,13 @@ def _moments(  # type: ignore[no-untyped-def]
 @_jit
 def _standardise(  # type: ignore[no-untyped-def]
     student_ptr, teacher_ptr, s_row, s_col, t_row, t_col, moments_ptr, z_ptr, stats_ptr, batch, features,
-    all_rows, all_features, chunk, eps, max_parts: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
+    chunk, eps_norm, max_parts: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    """Writes z (2, B, D) and stats (2, 2, D) = 1 / (scale (n + eps sqrt(B))) and 1 / (scale n) or 0, student first."""
+    """Writes z (2, B, D) and stats (2, 2, D) = 1 / (n + eps_norm) and 1 / n (0 for a dead column), student first.
+
+    One program takes one chunk of rows, one block of columns and one input. It merges the moments of all chunks or,
+    where there is one chunk only, computes them itself; eps_norm is eps sqrt(B), with B the rows of all processes.
+    """
     side = tl.program_id(2)
     moments_ptr += side * tl.num_programs(1).to(tl.int64) * 2 * features
     z_ptr += side * batch.to(tl.int64) * features
@@ -260,27 +260,28 @@ def _standardise(  # type: ignore[no-untyped-def]
                 mean, m2 = _merge(count[:, None].to(tl.float32), part_mean, part_m2)
             else:
                 mean, m2 = _moments_of(x_ptr, x_row, x_col, lo, hi, cols, col_mask, block_r, block_c)
-            norm = tl.sqrt(m2)
-            scale = tl.sqrt(tl.minimum(1.0, all_rows / all_features))
-            inverse = 1.0 / (norm + eps * tl.sqrt(all_rows * 1.0))
+            norm = tl.where(m2 < float("inf"), tl.sqrt(m2), float("nan"))  # an overflow must show
+            scale = 1.0 / (norm + eps_norm)
             if tl.program_id(1) == 0:
-                tl.store(stats_ptr + cols, inverse / scale, mask=col_mask)
-                along = 1.0 / (scale * tl.where(norm > 0, norm, float("inf")))
-                tl.store(stats_ptr + features + cols, along, mask=col_mask)
+                tl.store(stats_ptr + cols, scale, mask=col_mask)
+                tl.store(stats_ptr + features + cols, 1.0 / tl.where(norm == 0, float("inf"), norm), mask=col_mask)
             for start in range(lo, hi, block_r):
                 rows = start + tl.arange(0, block_r)
                 x = _deviations(x_ptr, x_row, x_col, rows, cols, rows < hi, col_mask)
-                z = (x - mean[None, :]) * (scale * inverse)[None, :]
+                z = (x - mean[None, :]) * scale[None, :]
                 at = z_ptr + rows[:, None].to(tl.int64) * features + cols[None, :]
                 tl.store(at, z.to(z_ptr.dtype.element_ty), mask=(rows < hi)[:, None] & col_mask[None, :])
 
 
 @_jit
 def _columns(  # type: ignore[no-untyped-def]
-    product_ptr, z_ptr, losses_ptr, d_ptr, off_ptr, batch, features, all_rows, all_features, kappa,
+    product_ptr, z_ptr, losses_ptr, d_ptr, off_ptr, batch, features, kappa,
     tall: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    """The column sums d and off, over P (tall) or over M and both z (wide), and the losses."""
+    """Writes the losses, d and off (D,), from P alone where tall, and from M and both z where wide.
+
+    One program takes one block of columns and walks down all its rows, so that no sum needs a second launch.
+    """
     cols = tl.program_id(0) * block_c + tl.arange(0, block_c)
     col_mask = cols < features
     d_sum = tl.zeros([block_r, block_c], dtype=tl.float32)
@@ -301,20 +302,22 @@ def _columns(  # type: ignore[no-untyped-def]
             z_t = tl.load(z_ptr + batch.to(tl.int64) * features + at, mask=inside, other=0.0).to(tl.float32)
             d_sum += z_t * z_s
             q_sum += product * z_s
-    grow = tl.maximum(1.0, all_features / all_rows)
-    d = grow * tl.sum(d_sum, axis=0)
-    q = grow * grow * tl.sum(q_sum, axis=0)
-    tl.store(losses_ptr + cols, (d - 1) * (d - 1) + kappa * (q - d * d), mask=col_mask)
+    d = tl.sum(d_sum, axis=0)
+    off = tl.sum(q_sum, axis=0) - d * d
+    tl.store(losses_ptr + cols, (d - 1) * (d - 1) + kappa * off, mask=col_mask)
     tl.store(d_ptr + cols, d, mask=col_mask)
-    tl.store(off_ptr + cols, q - d * d, mask=col_mask)
+    tl.store(off_ptr + cols, off, mask=col_mask)
 
 
 @_jit
 def _gradient(  # type: ignore[no-untyped-def]
     upstream_ptr, upstream_stride, m_ptr, d_ptr, off_ptr, z_ptr, stats_ptr, grad_ptr, batch, features,
-    all_rows, all_features, kappa, block_r: tl.constexpr, block_c: tl.constexpr,
+    kappa, block_r: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    """The student's gradient, one tile: all in float32 until the last store, so u = 65536 meets no half."""
+    """Writes the student's gradient, one program a tile.
+
+    All is float32 until the last store, so an upstream gradient of 65,536 never meets half precision.
+    """
     column_blocks = tl.cdiv(features, block_c)
     cols = tl.program_id(0) % column_blocks * block_c + tl.arange(0, block_c)
     rows = tl.program_id(0) // column_blocks * block_r + tl.arange(0, block_r)
@@ -322,17 +325,16 @@ def _gradient(  # type: ignore[no-untyped-def]
     u = tl.load(upstream_ptr + cols.to(tl.int64) * upstream_stride, mask=col_mask, other=0.0).to(tl.float32)
     d = tl.load(d_ptr + cols, mask=col_mask, other=0.0)
     off = tl.load(off_ptr + cols, mask=col_mask, other=0.0)
-    across = tl.load(stats_ptr + cols, mask=col_mask, other=0.0)
-    along = tl.load(stats_ptr + features + cols, mask=col_mask, other=0.0)
+    scale = tl.load(stats_ptr + cols, mask=col_mask, other=0.0)
+    inverse_norm = tl.load(stats_ptr + features + cols, mask=col_mask, other=0.0)
     w = (1.0 - kappa) * d - 1.0
-    of_m = 2.0 * kappa * tl.maximum(1.0, all_features / all_rows)
-    of_s = 2.0 * (kappa * off + (d - 1.0) * d) * along
+    g = (kappa * off + (d - 1.0) * d) * inverse_norm
     inside = (rows < batch)[:, None] & col_mask[None, :]
     at = rows[:, None].to(tl.int64) * features + cols[None, :]
     m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
     z_s = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
     z_t = tl.load(z_ptr + batch.to(tl.int64) * features + at, mask=inside, other=0.0).to(tl.float32)
-    grad = u[None, :] * (across[None, :] * (of_m * m + (2.0 * w)[None, :] * z_t) - of_s[None, :] * z_s)
+    grad = 2.0 * u[None, :] * (scale[None, :] * (kappa * m + w[None, :] * z_t) - g[None, :] * z_s)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 

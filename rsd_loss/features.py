@@ -1,6 +1,7 @@
 """From feature maps and token grids to the (batch, features) embeddings that the loss takes."""
 
 import math
+import operator
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ def pool(x: Tensor, *, prefix_tokens: int = 0, channels_last: bool | None = None
 
     Args:
         x: (B, C, H, W) map, (B, H, W, C) map with ``channels_last=True``, or (B, N, C) tokens; any floating dtype.
-        prefix_tokens: How many tokens ahead of the patches (class, register, distillation) to leave out.
+        prefix_tokens: How many tokens ahead of the patches (class, register, distillation) to leave out; maps have
+            none.
         channels_last: Whether the shape of a map ends with its channels, as that of timm's Swin does. None means
             False, but raises for a map that looks as if its channels were last. Only the order of the dimensions
             matters, not the memory format.
@@ -26,7 +28,7 @@ def pool(x: Tensor, *, prefix_tokens: int = 0, channels_last: bool | None = None
         (B, C) embeddings.
 
     Raises:
-        TypeError: x is not a tensor.
+        TypeError: x is not a floating-point tensor, prefix_tokens not an integer, or channels_last not a bool.
         ValueError: x has another layout, or no token is left after ``prefix_tokens`` of them.
 
     Examples:
@@ -53,17 +55,17 @@ def dense_pairs(
     Args:
         student: (B, C_student, H, W) map, (B, H, W, C_student) map with ``channels_last``, or (B, N, C_student) tokens.
         teacher: A map or tokens of the same images; its layout, grid and width may differ from the student's.
-        prefix_tokens: Tokens ahead of the patches to leave out of token inputs; one number, or a
-            (student, teacher) pair.
-        grid: (rows, columns) of token inputs whose patches do not form a square; one grid, or a
-            (student, teacher) pair in which None stands for a square. Maps need none.
+        prefix_tokens: Tokens ahead of the patches to leave out; a (student, teacher) pair, or one number for every
+            input that is tokens.
+        grid: Of token inputs whose patches do not form a square, as (rows, columns); for both sides, or a
+            (student, teacher) pair of grids in which None stands for a square. Maps need none.
         channels_last: As in ``pool``; one value, or a (student, teacher) pair.
 
     Returns:
         (B * h * w, C_student) and (B * h * w, C_teacher), row for row the same place of the same image.
 
     Raises:
-        TypeError: An input is not a tensor.
+        TypeError: An input is not a floating-point tensor, or an argument of another type than it should be.
         ValueError: An input has another layout, the batches differ, the patches do not fill the grid, or the common
             grid is a single position.
 
@@ -72,11 +74,15 @@ def dense_pairs(
         >>> s.shape, t.shape
         (torch.Size([392, 256]), torch.Size([392, 768]))
     """
-    grids: Any = (grid, grid) if grid is None or isinstance(grid[0], int) else grid
-    sides = zip(
-        ("student", "teacher"), (student, teacher), _pair(prefix_tokens), _pair(channels_last), grids, strict=True
+    if not isinstance(prefix_tokens, (tuple, list)):
+        are_maps = [isinstance(x, Tensor) and x.ndim == 4 for x in (student, teacher)]
+        prefix_tokens = [0 if is_map and not all(are_maps) else prefix_tokens for is_map in are_maps]  # type: ignore[assignment]
+    prefix, last = _pair("prefix_tokens", prefix_tokens), _pair("channels_last", channels_last)
+    grids: Any = (grid, grid) if _is_grid(grid) else _pair("grid", grid)
+    s, t = (
+        _as_map(name, x, prefix[i], last[i], grids[i])
+        for i, (name, x) in enumerate((("student", student), ("teacher", teacher)))
     )
-    s, t = (_as_map(*side) for side in sides)
     if s.shape[0] != t.shape[0]:
         raise ValueError(f"student has a batch of {s.shape[0]} and teacher of {t.shape[0]}: pass the same images")
     common = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
@@ -89,17 +95,37 @@ def dense_pairs(
     return rearrange(maps[0], "b c h w -> (b h w) c"), rearrange(maps[1], "b c h w -> (b h w) c")
 
 
-def _pair(value: Any) -> Any:
-    return value if isinstance(value, (tuple, list)) else (value, value)
+def _pair(name: str, value: Any) -> Any:
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{name} must be one value or a (student, teacher) pair, got {value!r}")
+    return value
+
+
+def _is_grid(grid: Any) -> bool:
+    return isinstance(grid, (tuple, list)) and len(grid) == 2 and all(hasattr(n, "__index__") for n in grid)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, int):  # also a size that the compiler keeps symbolic
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
 def _as_map(name: str, x: Tensor, prefix_tokens: int, channels_last: bool | None, grid: Grid | None) -> Tensor:
     x = _channels_first(name, x, prefix_tokens, channels_last)
     if x.ndim == 4:
         return x
-    side = math.isqrt(x.shape[1])
-    height, width = grid or (side, side)
-    if height * width != x.shape[1]:
+    if grid is None:
+        grid = (math.isqrt(x.shape[1]),) * 2
+    elif not _is_grid(grid):
+        raise TypeError(f"grid must be (rows, columns), or a (student, teacher) pair of such, got {grid!r} for {name}")
+    height, width = (_integer("grid", n) for n in grid)
+    if height < 1 or height * width != x.shape[1]:
         raise ValueError(
             f"{name} has {x.shape[1]} patch tokens (of {x.shape[1] + prefix_tokens}, less {prefix_tokens} prefix "
             f"tokens), which do not fill a {height} x {width} grid: "
@@ -111,6 +137,9 @@ def _as_map(name: str, x: Tensor, prefix_tokens: int, channels_last: bool | None
 def _channels_first(name: str, x: Tensor, prefix_tokens: int, channels_last: bool | None) -> Tensor:
     """After checks, a (B, C, H, W) map, or (B, N, C) tokens without those of the prefix."""
     check_tensor(name, x)
+    prefix_tokens = _integer("prefix_tokens", prefix_tokens)
+    if channels_last is not None and not isinstance(channels_last, bool):
+        raise TypeError(f"channels_last must be True, False or None, got {channels_last!r}")
     if x.ndim not in (3, 4):
         way_out = "it is pooled already" if x.ndim == 2 else "rearrange it"
         raise ValueError(
@@ -124,6 +153,11 @@ def _channels_first(name: str, x: Tensor, prefix_tokens: int, channels_last: boo
                 f"prefix_tokens must leave at least one of {name}'s {x.shape[1]} tokens (B, N, C), got {prefix_tokens}"
             )
         return x[:, prefix_tokens:]
+    if prefix_tokens:
+        raise ValueError(
+            f"{name} is a map, with shape {tuple(x.shape)}, and has no prefix tokens, got {prefix_tokens}: "
+            "leave prefix_tokens out, or pass (B, N, C) tokens"
+        )
     if channels_last is None and x.shape[1] == x.shape[2] < x.shape[3]:
         raise ValueError(
             f"{name} looks like a (B, H, W, C) map, with shape {tuple(x.shape)}: "

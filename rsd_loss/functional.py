@@ -1,13 +1,14 @@
-"""The loss and the matrix it is made of: signatures, documentation, and the choice of a backend."""
+"""The loss and its cross-correlation matrix: signatures, documentation, checks and the choice of a backend."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
 
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from rsd_loss import _distributed, _fused, reference
-from rsd_loss._common import check_embeddings, check_number, needs_reference
+from rsd_loss._common import check_embeddings, check_number, why_only_reference
+from rsd_loss._distributed import Losses, Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,7 +98,7 @@ def rsd_loss(
             call. No effect in a single process.
         process_group: The processes to gather over; the default group if None.
         implementation: ``"auto"`` picks ``"fused"``, or ``"reference"`` for ``torch.func`` transforms and DTensors;
-            all give the same numbers by different means.
+            all give the same loss, up to rounding.
         return_terms: Also return the two terms.
 
     Returns:
@@ -110,14 +111,11 @@ def rsd_loss(
             ``gather_distributed=True``) between processes; the message says which and what to do.
         RuntimeError: The implementation named cannot run here; the message says why.
     """
-    settings = (kappa, eps, reduction, implementation, gather_distributed, process_group)
     if gather_distributed:
-        facts = {"the function called": "rsd_loss", "implementation": implementation, "reduction": reduction}
-        numbers = {"kappa": kappa, "eps": eps}
-        choose = partial(_choose, student, teacher, settings)
-        losses, d, off = _distributed.gathered(choose, student, teacher, numbers, facts, process_group)
+        losses, d, off = _gathered_losses(student, teacher, kappa, eps, reduction, implementation, process_group)
     else:
-        losses, d, off = _choose(student, teacher, settings, 2)(student, teacher, float(kappa), float(eps))
+        check_gather(gather_distributed, process_group)
+        losses, d, off = _losses(student, teacher, kappa, eps, reduction, implementation)
     loss = _reduce(losses, reduction)
     if not return_terms:
         return loss
@@ -135,7 +133,7 @@ def cross_correlation(
 ) -> Tensor:
     """Cross-correlation matrix of two batches of embeddings, P = Zt' Zs / B.
 
-    Use it to look at the matrix or to build a loss of one's own; ``rsd_loss`` does not need to form it.
+    Use it to inspect the matrix or to build your own loss; ``rsd_loss`` itself never forms it where D > B.
 
     Args:
         student: (B, D_student) embeddings; B >= 2; float16, bfloat16, float32 or float64.
@@ -152,58 +150,100 @@ def cross_correlation(
         ValueError: Shapes, devices or ranges do not fit; the message says which and what to do.
     """
     if gather_distributed:
-        facts = {"the function called": "cross_correlation", "implementation": "reference"}
-        matrix: Callable[[int], Callable[..., Tensor]] = partial(_choose_correlation, student, teacher, eps)
-        p: Tensor = _distributed.gathered(matrix, student, teacher, {"eps": eps}, facts, process_group)
-        return p
-    _check_gather(gather_distributed, process_group)
-    return _choose_correlation(student, teacher, eps, 2)(student, teacher, float(eps))
+        return _gathered_correlation(student, teacher, eps, process_group)
+    check_gather(gather_distributed, process_group)
+    return _correlation(student, teacher, eps)
 
 
-def check_settings(
-    kappa: float, eps: float, reduction: str, implementation: str, gather_distributed: bool, process_group: object
-) -> None:
-    """Raises unless the arguments that RSDLoss shares with rsd_loss are valid."""
-    _check_gather(gather_distributed, process_group)
-    check_number("kappa", kappa)
-    check_number("eps", eps)
+def _losses(
+    student: Tensor, teacher: Tensor, kappa: float, eps: float, reduction: Reduction, implementation: Implementation
+) -> Losses:
+    kappa, eps = check_settings(kappa, eps, reduction, implementation)
+    check_embeddings(student, teacher, same_width=True)
+    return _backend(implementation, student, teacher)(student, teacher, kappa, eps)
+
+
+def _correlation(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+    eps = check_number("eps", eps)
+    check_embeddings(student, teacher)
+    return reference.cross_correlation(student, teacher, eps)
+
+
+# What other processes hold decides how the batch is split: a decision on the host, which the compiler leaves to Python.
+# This is torch.compiler.disable, without loading the compiler on import.
+@_disable_dynamo
+def _gathered_losses(
+    student: Tensor,
+    teacher: Tensor,
+    kappa: float,
+    eps: float,
+    reduction: Reduction,
+    implementation: Implementation,
+    process_group: "ProcessGroup | None",
+) -> Losses:
+    group = _distributed.group_or_none(process_group)
+    if group is None:
+        return _losses(student, teacher, kappa, eps, reduction, implementation)
+    with _distributed.failing_together(student, group):
+        kappa, eps = check_settings(kappa, eps, reduction, implementation)
+        _check_to_gather(student, teacher, same_width=True)
+        backend = _backend(implementation, student, teacher)
+    settings = {"implementation": implementation, "reduction": reduction, "kappa": kappa, "eps": eps}
+    rows = _distributed.agree(student, teacher, {"the function called": "rsd_loss"} | settings, group)
+    if backend is reference.feature_losses:  # its own operations and their gradients sum over processes, at any shape
+        return backend(student, teacher, kappa, eps, Shard(group, sum(rows), student.shape[1], by_rows=True))
+    return _distributed.over_processes(backend, student, teacher, kappa, eps, rows, group)
+
+
+@_disable_dynamo
+def _gathered_correlation(student: Tensor, teacher: Tensor, eps: float, process_group: "ProcessGroup | None") -> Tensor:
+    group = _distributed.group_or_none(process_group)
+    if group is None:
+        return _correlation(student, teacher, eps)
+    with _distributed.failing_together(student, group):
+        eps = check_number("eps", eps)
+        _check_to_gather(student, teacher)
+    rows = _distributed.agree(student, teacher, {"the function called": "cross_correlation", "eps": eps}, group)
+    return reference.cross_correlation(student, teacher, eps, Shard(group, sum(rows), student.shape[1], by_rows=True))
+
+
+def check_settings(kappa: float, eps: float, reduction: str, implementation: str) -> tuple[float, float]:
+    """Validates what RSDLoss shares with rsd_loss; returns kappa and eps as Python floats."""
+    kappa, eps = check_number("kappa", kappa), check_number("eps", eps)
     for name, value in (("reduction", reduction), ("implementation", implementation)):
         if value not in _NAMES[name]:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, _NAMES[name]))}, got {value!r}")
+    return kappa, eps
 
 
-def _choose(
-    student: Tensor, teacher: Tensor, settings: tuple[Any, ...], min_rows: int
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """After checks, (student, teacher, kappa, eps, shard=None) to losses, P_jj and sum_{i != j} P_ij^2, all (D,)."""
-    check_settings(*settings)
-    check_embeddings(student, teacher, same_width=True, min_rows=min_rows)
-    _, _, _, implementation, gather_distributed, _ = settings
-    reason = needs_reference(student, teacher)
-    if reason and gather_distributed:
+def check_gather(gather_distributed: bool, process_group: object) -> None:
+    """Raises if a process group would be ignored."""
+    if process_group is not None and not gather_distributed:
+        raise ValueError("process_group is given but gather_distributed is False: pass gather_distributed=True with it")
+
+
+def _check_to_gather(student: Tensor, teacher: Tensor, same_width: bool = False) -> None:
+    check_embeddings(student, teacher, same_width=same_width, min_rows=1)
+    if reason := why_only_reference(student, teacher):
         raise RuntimeError(f"gather_distributed=True cannot run here: {reason}")
+    if student.device.type == "meta":
+        raise ValueError("student and teacher are on meta, and what has no values cannot be gathered")
+
+
+def _backend(implementation: Implementation, student: Tensor, teacher: Tensor) -> Callable[..., Losses]:
+    """The function that computes the losses, P_jj and sum_{i != j} P_ij^2, all (D,)."""
+    reason = why_only_reference(student, teacher)
     if implementation == "reference" or (implementation == "auto" and reason):
         return reference.feature_losses
     if implementation == "triton":
-        from rsd_loss import _triton  # on use only: importing Triton takes long, and it need not be there
+        from rsd_loss import _triton  # on use only: Triton takes long to import and need not be installed
 
-        reason = reason or _triton.unavailable(student, teacher)
+        reason = reason or _triton.why_unavailable(student, teacher)
     if reason:
         way_out = "" if implementation == "triton" else ': pass implementation="reference" or "auto"'
         raise RuntimeError(f'implementation="{implementation}" cannot run here: {reason}{way_out}')
     # "auto" will pick the kernels on CUDA once they have won their benchmark on a real GPU.
     return _triton.feature_losses if implementation == "triton" else _fused.feature_losses
-
-
-def _choose_correlation(student: Tensor, teacher: Tensor, eps: float, min_rows: int) -> Callable[..., Tensor]:
-    check_number("eps", eps)
-    check_embeddings(student, teacher, min_rows=min_rows)
-    return reference.cross_correlation
-
-
-def _check_gather(gather_distributed: bool, process_group: object) -> None:
-    if process_group is not None and not gather_distributed:
-        raise ValueError("process_group is given but gather_distributed is False: pass gather_distributed=True with it")
 
 
 def _reduce(losses: Tensor, reduction: Reduction) -> Tensor:

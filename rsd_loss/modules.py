@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rsd_loss._common import autocasts, check_tensor
-from rsd_loss.functional import Implementation, Reduction, RSDTerms, check_settings, rsd_loss
+from rsd_loss._common import autocasts, check_tensor, check_width
+from rsd_loss.functional import Implementation, Reduction, RSDTerms, check_gather, check_settings, rsd_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,8 +48,8 @@ class RSDLoss(nn.Module):
 
     def __init__(
         self,
-        kappa: float = 0.01,
         *,
+        kappa: float = 0.01,
         eps: float = 1e-5,
         reduction: Reduction = "sum",
         gather_distributed: bool = False,
@@ -58,9 +58,8 @@ class RSDLoss(nn.Module):
         return_terms: bool = False,
     ) -> None:
         super().__init__()
-        check_settings(kappa, eps, reduction, implementation, gather_distributed, process_group)
-        self.kappa = kappa
-        self.eps = eps
+        check_gather(gather_distributed, process_group)
+        self.kappa, self.eps = check_settings(kappa, eps, reduction, implementation)
         self.reduction = reduction
         self.gather_distributed = gather_distributed
         self.process_group = process_group
@@ -120,15 +119,10 @@ class DecouplingProjector(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("out_features", out_features), ("expansion", expansion)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.in_features = in_features
-        self.out_features = out_features
-        hidden = expansion * in_features
-        self.expand = nn.Linear(in_features, hidden, bias=False, device=device, dtype=dtype)
+        self.in_features = check_width("in_features", in_features)
+        self.out_features = out_features = check_width("out_features", out_features)
+        hidden = check_width("expansion", expansion) * self.in_features
+        self.expand = nn.Linear(self.in_features, hidden, bias=False, device=device, dtype=dtype)
         self.norm = nn.BatchNorm1d(hidden, device=device, dtype=dtype)
         self.activation = nn.GELU()
         self.project = nn.Linear(hidden, out_features, bias=False, device=device, dtype=dtype)

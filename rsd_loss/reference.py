@@ -1,6 +1,6 @@
-"""The paper's loss as its equations read: the teaching text, the oracle and a rival of the benchmarks.
+"""The paper's loss as its equations read: the reference implementation, test oracle and benchmark baseline.
 
-The fast implementations compute the same numbers without the (D, D) matrix; see docs/fast-path.md.
+The fast implementations compute the same numbers without the (D, D) matrix; see docs/how-it-works.md.
 """
 
 import torch
@@ -12,23 +12,26 @@ from rsd_loss._distributed import Shard, sum_over_rows
 
 def standardise(x: Tensor, eps: float, shard: Shard | None = None) -> Tensor:
     """Zero mean and unit biased standard deviation per feature; eps is outside the root, unlike BatchNorm's."""
-    x = x.to(statistics_dtype(x, x))
+    x = x.to(statistics_dtype(x))
+    rows = x.shape[0] if shard is None else shard.rows
     first = x[:1].detach()
-    x = x - first  # changes nothing but rounding: a large offset costs no digits, and a constant feature is exactly 0
+    x = x - first  # loses no digits to a large offset, and makes a constant feature exactly 0
     if shard is None:
-        return (x - x.mean(dim=0)) / (x.std(dim=0, correction=0) + eps)
-    # Processes have no common first row.
-    mean = sum_over_rows((x + first.double()).sum(dim=0), shard) / shard.rows - first
-    centred = x - mean.to(x.dtype)
-    variance = sum_over_rows(centred.square().sum(dim=0), shard) / shard.rows
-    dead = variance == 0  # the root has no derivative there; let it be 0, as std does
-    return centred / (variance.masked_fill(dead, 1).sqrt().masked_fill(dead, 0) + eps)
+        centred = x - x.mean(dim=0)
+    else:  # processes have no common first row
+        mean = sum_over_rows((x + first.double()).sum(dim=0), shard) / rows - first
+        centred = x - mean.to(x.dtype)
+    variance = sum_over_rows(centred.square().sum(dim=0), shard) / rows
+    # The root has no derivative at 0: let it be 0 there. An overflow must show, and not pass for a dead feature.
+    dead = variance == 0
+    std = variance.masked_fill(dead, 1).sqrt().masked_fill(dead, 0).masked_fill(variance.isinf(), torch.nan)
+    return centred / (std + eps)
 
 
 def cross_correlation(student: Tensor, teacher: Tensor, eps: float, shard: Shard | None = None) -> Tensor:
     """P = Zt' Zs / B, rows teacher, columns student."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
-    # Each side takes half of 1/B, so that no entry of a float16 product can overflow or vanish.
+    # Each side takes a root of 1/B, so that no entry of a float16 product overflows or vanishes.
     scale = (student.shape[0] if shard is None else shard.rows) ** -0.5
     z_s = (standardise(student, eps, shard) * scale).to(dtype)
     z_t = (standardise(teacher, eps, shard) * scale).to(dtype)
@@ -44,7 +47,7 @@ def feature_losses(
     All are (D,), in at least float32, and only the first carries a gradient.
     """
     p = cross_correlation(student, teacher, eps, shard)
-    p = p.to(statistics_dtype(p, p))
+    p = p.to(statistics_dtype(p))
     d = p.diagonal()
     off = p.square().sum(dim=0) - d.square()
     return (d - 1).square() + kappa * off, d.detach(), off.detach()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pool import Pool
+from processes import Pool
 
 import rsd_loss
 

@@ -11,15 +11,16 @@ import rsd_loss
 SIGNATURES = {
     "rsd_loss": "(student, teacher, *, kappa=0.01, eps=1e-05, reduction='sum', gather_distributed=False, "
     "process_group=None, implementation='auto', return_terms=False)",
-    "RSDLoss": "(kappa=0.01, *, eps=1e-05, reduction='sum', gather_distributed=False, process_group=None, "
+    "RSDLoss": "(*, kappa=0.01, eps=1e-05, reduction='sum', gather_distributed=False, process_group=None, "
     "implementation='auto', return_terms=False)",
     "DecouplingProjector": "(in_features, out_features, *, expansion=2, device=None, dtype=None)",
     "cross_correlation": "(student, teacher, *, eps=1e-05, gather_distributed=False, process_group=None)",
     "RSDTerms": "(invariance, decorrelation)",
     "features.pool": "(x, *, prefix_tokens=0, channels_last=None)",
     "features.dense_pairs": "(student, teacher, *, prefix_tokens=0, grid=None, channels_last=None)",
-    "diagnostics.Summary": "(mean_diagonal, off_diagonal_rms, effective_rank, linear_cka)",
+    "diagnostics.Summary": "(mean_diagonal, off_diagonal_rms, effective_rank, linear_cka, redundancy)",
     "diagnostics.summary": "(student, teacher, *, eps=1e-05)",
+    "diagnostics.redundancy": "(teacher, *, eps=1e-05)",
 }
 
 

@@ -5,8 +5,8 @@ import torch
 from conftest import DEVICE, pair
 from test_memory import SYNCHRONISING, Watch
 
-from rsd_loss import cross_correlation
-from rsd_loss.diagnostics import summary
+from rsd_loss import cross_correlation, rsd_loss
+from rsd_loss.diagnostics import redundancy, summary
 
 SHAPES = [(5, 12), (12, 5), (7, 7), (30, 1), (4, 3), (2, 3)]
 
@@ -30,7 +30,9 @@ def naive(student, teacher):
     entropy = -(weights * weights.clamp_min(1e-300).log()).sum()
     cka = hsic(student, teacher) / (hsic(student, student) * hsic(teacher, teacher)).sqrt()
     rms = off_diagonal.square().mean().sqrt() if len(p) > 1 else p.new_zeros(())
-    return p.diagonal().mean(), rms, entropy.exp(), cka
+    own = cross_correlation(teacher, teacher)
+    repeated = (own.square().sum() - own.diagonal().square().sum()) / len(own)
+    return p.diagonal().mean(), rms, entropy.exp(), cka, repeated
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -42,6 +44,9 @@ def test_summary(shape):
     want = naive(student.detach(), teacher)
     torch.testing.assert_close(list(got), list(want), rtol=1e-6, atol=1e-6, equal_nan=True)
     assert not any(x.requires_grad for x in got)
+    assert torch.equal(redundancy(teacher), got.redundancy)
+    _, terms = rsd_loss(teacher, teacher, reduction="mean", return_terms=True)
+    torch.testing.assert_close(terms.decorrelation, got.redundancy, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -95,7 +100,46 @@ def test_extremes():
     torch.testing.assert_close(one.effective_rank.item(), 1.0, rtol=1e-5, atol=0)
     rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
     torch.testing.assert_close(summary(x @ rotation, x).linear_cka.item(), 1.0)
-    assert all(value.isfinite() for value in summary(torch.ones(4, 3), torch.ones(4, 3)))
+    constant = summary(torch.ones(4, 3), torch.ones(4, 3))
+    assert [*constant[:3], constant.redundancy] == [0, 0, 1, 0]
+    assert constant.linear_cka.isnan()
+
+
+@pytest.mark.parametrize("shape", [(1024, 2048), (512, 768), (64, 4096), (2048, 64)])
+def test_rounding_is_no_rank(shape):
+    torch.manual_seed(0)
+    student = torch.randn(shape[0], 1) @ torch.randn(1, shape[1])
+    # In float32 each of min(B, D) directions keeps some 1e-8 of the entropy's weight.
+    assert summary(student, torch.randn(shape)).effective_rank < 1.001
+
+
+@pytest.mark.parametrize("far", [1.0, 1e4])
+def test_alignment_that_cannot_be_estimated_is_nan(far):
+    """One row holds all of the student's variance, and the estimate of its own HSIC is zero but for rounding."""
+    student = torch.zeros(32, 8)
+    student[0] = far
+    assert summary(student, torch.randn(32, 8)).linear_cka.isnan()
+
+
+def test_redundancy_counts_repetitions():
+    x = torch.randn(100, 8, dtype=torch.float64)
+    x = torch.linalg.qr(x - x.mean(dim=0)).Q * 10  # eight uncorrelated features
+    torch.testing.assert_close(redundancy(x.repeat(1, 5)).item(), 4.0, rtol=0, atol=1e-3)  # eps
+    assert redundancy(x.repeat(1, 50)) < 49 < redundancy(x.repeat(1, 51))
+
+
+def test_redundancy_names_its_argument():
+    for bad, error in ((torch.randn(2, 3, 4), ValueError), (torch.ones(4, 3).int(), TypeError)):
+        with pytest.raises(error, match=r"^teacher must be"):
+            redundancy(bad)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        redundancy(torch.randn(1, 3))
+
+
+def test_meta_tensors_in_autocast():
+    x = torch.randn(8, 6, device="meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(value.is_meta for value in summary(x, x))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -104,7 +148,9 @@ def test_summary_of_what_is_not_finite_is_nan(shape, value):
     """It is for looking at a run in trouble, and must not be what ends it."""
     student = torch.randn(shape)
     student[1, 2] = value
-    assert all(number.isnan() for number in summary(student, torch.randn(shape)))
+    got = summary(student, torch.randn(shape))
+    assert all(number.isnan() for number in got[:4])
+    assert got.redundancy.isfinite()  # the teacher's
 
 
 @pytest.mark.parametrize("shape", [(8, 200), (200, 8)])

@@ -1,8 +1,10 @@
 """Every mistake gets one sentence that names the argument, what came and the way out; none reads a value."""
 
 import math
+import warnings
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
@@ -36,6 +38,7 @@ EMBEDDINGS = {
         "at least 2 rows to correlate over, got 1: .*drop_last",
     ),
     "list": (([[1.0, 2.0]], T), TypeError, "student must be a torch.Tensor, got list: convert it"),
+    "layers": (([S, S], T), TypeError, "got list: for several layers, call the loss once for each layer"),
     "none": ((S, None), TypeError, "teacher must be a torch.Tensor, got NoneType: pick the embedding out"),
     "outputs": (((S, S), T), TypeError, "student must be a torch.Tensor, got tuple: pick the embedding out"),
     "int": ((S.long(), T), TypeError, "student must be float16, bfloat16, float32 or float64, got torch.int64"),
@@ -62,6 +65,7 @@ NUMBERS = {
     "bool": (True, TypeError, "must be a number, got bool"),
     "complex": (1j, TypeError, "must be a number, got complex"),
     "tensor": (torch.tensor(0.1), TypeError, "must be a number, got Tensor: pass a Python float"),
+    "numpy's infinity": (np.float32("inf"), ValueError, "finite number that is not negative, got inf"),
     "more than a float holds": (10**400, ValueError, "finite number that is not negative, got 1000"),
 }
 
@@ -99,8 +103,12 @@ def test_numbers(name, case):
 
 def test_any_real_number_will_do():
     want = rsd_loss(S, T, kappa=0.5, eps=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a numpy scalar must not come to where it would be cast
+        for number in (np.float32, np.float64, np.float16):
+            assert torch.equal(rsd_loss(S, T, kappa=number(0.5), eps=number(0.25)), want)
     assert torch.equal(rsd_loss(S, T, kappa=Fraction(1, 2), eps=Fraction(1, 4)), want)
-    assert torch.equal(RSDLoss(Fraction(1, 2), eps=Fraction(1, 4))(S, T), want)
+    assert torch.equal(RSDLoss(kappa=Fraction(1, 2), eps=Fraction(1, 4))(S, T), want)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,7 @@ def test_settings_are_keywords():
     with pytest.raises(TypeError):
         rsd_loss(S, T, 0.01)
     with pytest.raises(TypeError):
-        RSDLoss(0.01, 1e-5)
+        RSDLoss(0.1)  # a user may mean the loss's weight
 
 
 @pytest.mark.parametrize(
@@ -189,6 +197,20 @@ FEATURES = {
         lambda: pool(torch.randn(2, 7, 7, 768)),
         r"x looks like a \(B, H, W, C\) map, .*: pass channels_last=True, or False",
     ),
+    "prefix of a map": (
+        lambda: pool(MAP, prefix_tokens=1),
+        r"x is a map, .* has no prefix tokens, got 1",
+    ),
+    "prefix of two maps": (lambda: dense_pairs(MAP, MAP, prefix_tokens=1), r"student is a map, .* no prefix tokens"),
+    "prefix of the map": (lambda: dense_pairs(MAP, TOKENS, prefix_tokens=(1, 1)), r"student is a map, .* no prefix"),
+    "three prefixes": (
+        lambda: dense_pairs(MAP, TOKENS, prefix_tokens=(1, 1, 1)),
+        r"prefix_tokens must be one value or a \(student, teacher\) pair, got \(1, 1, 1\)",
+    ),
+    "negative grid": (
+        lambda: dense_pairs(TOKENS, TOKENS, prefix_tokens=1, grid=(-4, -4)),
+        "fill a -4 x -4 grid",
+    ),
     "dense pooled": (lambda: dense_pairs(MAP, S), r"teacher must be a \(B, C, H, W\) map or \(B, N, C\) tokens"),
 }
 
@@ -201,10 +223,20 @@ def test_features(case):
 
 
 def test_features_take_tensors():
+    with pytest.raises(TypeError, match=r"x must be float16, .*, got torch.int64: pass real-valued embeddings"):
+        pool(torch.ones(2, 3, 4, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got list"):
         pool([1.0])
     with pytest.raises(TypeError, match=r"student must be a torch.Tensor, got NoneType"):
         dense_pairs(None, MAP)
+    for settings, message in (
+        ({"channels_last": "no"}, "channels_last must be True, False or None, got 'no'"),
+        ({"prefix_tokens": 0.5}, "prefix_tokens must be an integer, got float"),
+        ({"grid": 4}, r"grid must be \(rows, columns\), or a \(student, teacher\) pair of such, got 4 for teacher"),
+        ({"grid": (None, (4.0, 4.0))}, r"grid must be \(rows, columns\), .*, got \(4.0, 4.0\) for teacher"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            dense_pairs(MAP, TOKENS, **settings)
 
 
 def test_no_value_is_read():

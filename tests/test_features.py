@@ -1,5 +1,6 @@
 """Pooling and dense pairs, against explicit indexing."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,12 @@ from rsd_loss.features import dense_pairs, pool
 def test_pool_map(memory_format):
     x = torch.randn(2, 5, 3, 4).contiguous(memory_format=memory_format)
     torch.testing.assert_close(pool(x), F.adaptive_avg_pool2d(x, 1).flatten(1))
-    torch.testing.assert_close(pool(x, prefix_tokens=1), pool(x))  # maps have no prefix tokens
 
 
 def test_pool_tokens():
     x = torch.randn(2, 7, 5)
     torch.testing.assert_close(pool(x), x.sum(dim=1) / 7)
+    assert torch.equal(pool(x, prefix_tokens=np.int64(2)), pool(x, prefix_tokens=2))
     torch.testing.assert_close(pool(x, prefix_tokens=2), (x[:, 2] + x[:, 3] + x[:, 4] + x[:, 5] + x[:, 6]) / 5)
 
 
@@ -87,6 +88,17 @@ def test_pairs_may_be_lists():
     want = dense_pairs(student, teacher, prefix_tokens=(1, 1), grid=(2, 4))
     assert all(map(torch.equal, dense_pairs(student, teacher, prefix_tokens=[1, 1], grid=[2, 4]), want))
     assert all(map(torch.equal, dense_pairs(student, teacher, prefix_tokens=1, grid=[[2, 4], (2, 4)]), want))
+    by_numpy = {"prefix_tokens": np.int64(1), "grid": tuple(np.array([2, 4]))}
+    assert all(map(torch.equal, dense_pairs(student, teacher, **by_numpy), want))
+
+
+def test_any_number_of_tokens_in_one_graph():
+    """The grid that a caller gives is not looked for, which the compiler could not follow."""
+    compiled = torch.compile(dense_pairs, fullgraph=True, dynamic=True, backend="eager")
+    for side in (4, 5):
+        tokens = torch.randn(2, side * side, 3)
+        got = compiled(tokens, tokens, grid=(side, side))
+        assert all(map(torch.equal, got, dense_pairs(tokens, tokens)))
 
 
 def test_gradient_reaches_the_features_compiled():

@@ -174,18 +174,6 @@ def test_constant_features(shape, dtype, monkeypatch):
 
 
 @interpreted
-def test_float16_gram_matrix_does_not_overflow(monkeypatch):
-    monkeypatch.setattr(_triton, "_BLOCK_C", 4096)  # fewer programs to interpret
-    # One row apart from the others: K_bb is D but for the scale, and 70 000 is beyond float16.
-    student = torch.zeros(2, 70_000, dtype=torch.float16)
-    student[0] = 1
-    losses, d, q = _triton.feature_losses(student, student, 0.01, 1e-5)
-    torch.testing.assert_close(d, torch.ones_like(d), rtol=2e-3, atol=0)
-    torch.testing.assert_close(q, torch.full_like(q, 70_000.0), rtol=4e-3, atol=0)
-    torch.testing.assert_close(losses, torch.full_like(q, 700.0), rtol=4e-3, atol=0)
-
-
-@interpreted
 @pytest.mark.parametrize("scaled", [2.0**-24, 2.0**16])
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -334,7 +322,7 @@ def test_without_triton(monkeypatch):
     spec = importlib.util.spec_from_file_location("rsd_loss._triton_alone", _triton.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert "not installed" in module.unavailable(torch.zeros(2, 2))
+    assert "not installed" in module.why_unavailable(torch.zeros(2, 2))
 
 
 @pytest.mark.compiled

@@ -55,7 +55,7 @@ def test_one_graph(shape, dynamic, monkeypatch):
     side_table = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap").kernel_side_table
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda **_: True)
     monkeypatch.setattr("triton.runtime.driver._active", Driver(), raising=False)
-    monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
+    monkeypatch.setattr(_triton, "why_unavailable", lambda *_: None)
     kernels = []
 
     def backend(graph, _):
