@@ -7,13 +7,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hatchling.builders.sdist import SdistBuilder
-from hatchling.builders.wheel import WheelBuilder
-from hatchling.metadata.core import ProjectMetadata
-from hatchling.plugin.manager import PluginManager
 
 ROOT = Path(__file__).parents[2]
-PROJECT = ProjectMetadata(str(ROOT), PluginManager())
+SdistBuilder = pytest.importorskip("hatchling.builders.sdist").SdistBuilder
+WheelBuilder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder
+PROJECT = WheelBuilder(str(ROOT)).metadata
 
 
 def files(folder, pattern):
@@ -59,9 +57,8 @@ def test_the_sdist_holds_what_its_tests_read(tmp_path):
     assert names == PACKAGE | tests | metadata
 
 
-@pytest.mark.parametrize(
-    "relative_or_mathematics",
-    [r"\]\((?!https://)[^)]*\)", r"^\[[^]]+\]: (?!https://).*", r"(?:src|href)=\"(?!https://)", r"\$[^$\n]+\$|\$\$"],
-)
-def test_the_package_index_can_show_the_readme(relative_or_mathematics):
-    assert re.findall(relative_or_mathematics, text("README.md"), re.MULTILINE) == []
+def test_the_package_index_can_show_the_readme():
+    """It resolves no relative link or picture, and typesets no mathematics."""
+    link, reference, html = r"\]\((?!https://)[^)]*\)", r"^\[[^]]+\]: (?!https://).*", r"(?:src|href)=.(?!https://).*"
+    mathematics = r"\$\$|\$[^$\n]+\$"
+    assert re.findall("|".join((link, reference, html, mathematics)), text("README.md"), re.MULTILINE) == []
