@@ -35,9 +35,7 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4
     return temperature**2 * (tckd + 8 * nckd)
 
 
-def dist(
-    student: Tensor, teacher: Tensor, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0
-) -> Tensor:
+def dist(student: Tensor, teacher: Tensor, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0) -> Tensor:
     """DIST (Huang et al., NeurIPS 2022): one minus Pearson's correlation, within samples and within classes."""
     s, t = (F.softmax(x / temperature, dim=1) for x in (student, teacher))
 
@@ -90,5 +88,5 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
 
 
 def pkd(student: Tensor, teacher: Tensor) -> Tensor:
-    """PKD (Cao et al., NeurIPS 2022) of (positions, channels): one minus Pearson's correlation, averaged over channels."""
+    """PKD (Cao et al., NeurIPS 2022) of (positions, channels): one minus Pearson's correlation, mean of channels."""
     return F.mse_loss(standardise(student, 1e-5), standardise(teacher, 1e-5)) / 2

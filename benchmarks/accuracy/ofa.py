@@ -2,9 +2,9 @@
 
 import math
 
-from einops import rearrange
+from einops.layers.torch import Rearrange, Reduce
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.accuracy.networks import Outputs
 
@@ -42,10 +42,10 @@ def projector(shape: tuple[int, ...], stage: int, widths: tuple[int, int], class
     else:
         width, grid = shape[1], math.isqrt(shape[0])
         while grid // 2 >= side:
-            layers.append(MergePatches(width, widths[0]))
+            layers.append(_merge_patches(width, widths[0], grid))
             width, grid = widths[0], grid // 2
         layers += [Block(width, num_heads=4) for _ in range(max(3 - stage, 1))]
-        layers.append(MeanOfTokens())
+        layers.append(Reduce("b n c -> b c", "mean"))
     return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
@@ -58,20 +58,7 @@ def _separable(width: int, out: int, stride: int) -> nn.Sequential:
     )
 
 
-class MergePatches(nn.Module):
+def _merge_patches(width: int, out: int, side: int) -> nn.Sequential:
     """Four neighbouring tokens of a square grid become one."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * width)
-        self.reduction = nn.Linear(4 * width, out, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        side = math.isqrt(tokens.shape[1])
-        merged = rearrange(tokens, "b (h y w x) c -> b (h w) (y x c)", h=side // 2, w=side // 2, y=2, x=2)
-        return self.reduction(self.norm(merged))
-
-
-class MeanOfTokens(nn.Module):
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens.mean(dim=1)
+    merge = Rearrange("b (h y w x) c -> b (h w) (y x c)", h=side // 2, w=side // 2, y=2, x=2)
+    return nn.Sequential(merge, nn.LayerNorm(4 * width), nn.Linear(4 * width, out, bias=False))
