@@ -76,7 +76,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 class Checkpoint:
-    """A run after its last whole epoch: its parts, both random states and what was logged."""
+    """A run after its last whole epoch. All randomness of an epoch follows from `draw`."""
 
     def __init__(self, path: Path, parts: dict[str, Any], draw: torch.Generator) -> None:
         self.path, self.parts, self.draw = path, parts, draw
@@ -86,13 +86,12 @@ class Checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             draw.set_state(state["draw"])
-            torch.set_rng_state(state["random"])
             self.epoch, self.minutes, self.losses, self.times = state["log"]
 
     def save(self, epoch: int, minutes: float) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"draw": self.draw.get_state(), "random": torch.get_rng_state()}
-        write(state | {"log": [epoch, minutes, self.losses, self.times]}, self.path)
+        state |= {"draw": self.draw.get_state(), "log": [epoch, minutes, self.losses, self.times]}
+        write(state, self.path)
 
 
 def fit(
