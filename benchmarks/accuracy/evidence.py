@@ -1,13 +1,12 @@
-"""Tables from the committed runs, as Markdown: `python -m benchmarks.accuracy.evidence` prints all with their names.
+"""Tables from the committed runs, in Markdown: `python -m benchmarks.accuracy.evidence` prints all with their names.
 
-`table(name)` is for pages. Nothing here needs torch or timm.
+Pages call `table(name)`. Nothing here needs torch or timm.
 """
 
 import csv
 import re
 import statistics
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 from benchmarks.accuracy.runs import KEY, cell
@@ -41,9 +40,10 @@ PUBLISHED = {
 Line = dict[str, str]
 
 
-def read(name: str) -> list[Line]:
+def read(name: str, **which: str) -> list[Line]:
+    """The students' lines of a file that have these values."""
     with (RESULTS / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [x for x in csv.DictReader(file) if which.items() <= x.items() and x.get("method") != "teacher"]
 
 
 def groups(lines: Iterable[Line], split: str = "test") -> list[list[Line]]:
@@ -63,6 +63,10 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def both(group: list[Line]) -> str:
+    return " / ".join(spread(scores(group, split)) for split in ("validation", "test")) if group else "-"
+
+
 def markdown(headings: str, rows: Iterable[Iterable[str]]) -> str:
     lines = [headings.split(" | "), ["---"] * (headings.count(" | ") + 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -70,38 +74,30 @@ def markdown(headings: str, rows: Iterable[Iterable[str]]) -> str:
 
 def over_none(group: list[Line], lines: list[Line], value: str, of: Callable[[float, float], float]) -> list[float]:
     """Each run against the student alone with the same seed, where there is one."""
-    same = ("data", "pair", "epochs", "batch", "views")
-    alone = {
-        line["seed"]: float(line[value])
-        for line in lines
-        if line["method"] == "none" and all(line[name] == group[0][name] for name in same)
-    }
+    same = {name: group[0][name] for name in ("data", "pair", "epochs", "batch", "views")} if group else {}
+    alone = {x["seed"]: float(x[value]) for x in lines if x["method"] == "none" and same.items() <= x.items()}
     return [of(float(line[value]), alone[line["seed"]]) for line in group if line["seed"] in alone]
 
 
 def methods(pair: str) -> str:
     """Test accuracy of each method and setting."""
-    lines, steps = chosen("distill", pair=pair), read("distill_steps")
-    rows = []
+    lines, steps, rows = read("distill", pair=pair), read("distill_steps", pair=pair), []
     for group in groups(lines):
         first = group[0]
-        gains = over_none(group, lines, "test", lambda a, b: a - b)
-        timed = [line for line in steps if all(line[name] == first[name] for name in ("pair", "method", "batch"))]
-        ratios = over_none(timed, steps, "step_ms", lambda a, b: a / b) if timed else []
-        row = [first["method"], spread(scores(group))]
-        row.append(f"{statistics.mean(gains):+.1f}" if gains and first["method"] != "none" else "")
+        gains = over_none(group, lines, "test", lambda a, b: a - b) if first["method"] != "none" else []
+        timed = [line for line in steps if all(line[name] == first[name] for name in ("method", "batch"))]
+        ratios = over_none(timed, steps, "step_ms", lambda a, b: a / b)
+        row = [first["method"], spread(scores(group)), f"{statistics.mean(gains):+.1f}" if gains else ""]
         row += [*(first[name] for name in ("epochs", "weight", "kappa")), str(len(group))]
-        rows.append(
-            [*row, f"{int(first['added_parameters']):,}", f"x {statistics.median(ratios):.2f}" if ratios else ""]
-        )
-    return markdown(
-        "method | test accuracy, % | gain | epochs | weight | kappa | seeds | parameters added | step time", rows
-    )
+        row += [f"{int(first['added_parameters']):,}", f"x {statistics.median(ratios):.2f}" if ratios else ""]
+        rows.append(row)
+    headings = "method | test accuracy, % | gain | epochs | weight | kappa | seeds | parameters added | step time"
+    return markdown(headings, rows)
 
 
 def variants(file: str, **which: str) -> str:
     """Validation and test of each method with its settings, the best on validation first."""
-    found = groups(chosen(file, **which), "validation")
+    found = groups(read(file, **which), "validation")
     names = ["weight", "kappa"] if len({group[0]["epochs"] for group in found}) < 2 else ["epochs", "weight", "kappa"]
     rows = []
     for group in found:
@@ -115,14 +111,13 @@ def variants(file: str, **which: str) -> str:
 def scenes() -> str:
     """Validation / test of each method at the weight that is best on validation with the first seed."""
     best: dict[str, dict[str, list[Line]]] = {}
-    for group in groups(line for line in chosen("segment", labelled="8") if line["method"] in SCENES):
+    for group in groups(line for line in read("segment", labelled="8") if line["method"] in SCENES):
         here, pair = best.setdefault(SCENES[group[0]["method"]], {}), group[0]["pair"]
         here[pair] = max(group, here.get(pair, group), key=lambda runs: float(runs[0]["validation"]))
     rows = []
     for name, found in sorted(best.items(), key=lambda item: -float(item[1]["cnn_vit"][0]["validation"])):
         runs = [found.get(pair, []) for pair in ("cnn_vit", "vit_cnn")]
-        both = [" / ".join(spread(scores(x, split)) for split in ("validation", "test")) if x else "-" for x in runs]
-        rows.append([name, *both, ", ".join(str(len(x)) for x in runs)])
+        rows.append([name, *(both(group) for group in runs), ", ".join(str(len(group)) for group in runs)])
     return markdown("method | ResNet to ViT | ViT to ResNet | seeds", rows)
 
 
@@ -130,20 +125,17 @@ def widths() -> str:
     """Validation / test of rsd_wide by width, weight and kappa; 0.1 and 0.01 are those of 256 features."""
     rows = []
     for width, weight in ((64, 0.1), (64, 0.4), (256, 0.1), (1024, 0.1), (1024, 0.025), (2048, 0.1), (2048, 0.0125)):
-        row = [f"{width}, {weight}"]
-        for kappa in (0.0, 0.01, 2.56 / width):
-            which = {"method": f"rsd_wide:width={width}", "weight": cell(weight), "kappa": cell(kappa)}
-            found = chosen("width", **which)
-            row.append(" / ".join(spread(scores(found, split)) for split in ("validation", "test")) if found else "-")
-        rows.append(row)
+        here = read("width", method=f"rsd_wide:width={width}", weight=cell(weight))
+        by_kappa = ([x for x in here if x["kappa"] == cell(kappa)] for kappa in (0.0, 0.01, 2.56 / width))
+        rows.append([f"{width}, {weight}", *(both(group) for group in by_kappa)])
     return markdown("features, weight | kappa 0 | kappa 0.01 | kappa 2.56 / D", rows)
 
 
 def weights() -> str:
     """Test accuracy at the weight that is best on validation, and validation by weight; kappa is 0.01."""
     found: dict[str, list[Line]] = {}
-    for line in chosen("sensitivity", pair="small_cnn_coarse", batch="256"):
-        if line["kappa"] in ("", "0.01") and line["warmup"] != "0.3":  # with which one method was tried
+    for line in read("sensitivity", pair="small_cnn_coarse", batch="256"):
+        if line["kappa"] in ("", "0.01") and line["warmup"] != "0.3":  # tried with RSD only
             found.setdefault(line["method"], []).append(line)
     best = {name: max(group, key=lambda line: float(line["validation"])) for name, group in found.items()}
     rows = []
@@ -156,54 +148,36 @@ def weights() -> str:
 
 def parameters(classes: str) -> str:
     """Millions of trainable parameters, and their share of the student's."""
-    rows = [
-        [
-            f"{line['teacher']} to {line['student']}",
-            *(f"{int(line[f'{x}_added']) / 1e6:.2f} ({line[f'{x}_percent']} %)" for x in ("rsd", "ofa")),
-            f"{int(line['student_parameters']) / 1e6:.2f}",
-        ]
-        for line in chosen("overhead", classes=classes)
-    ]
+    rows = []
+    for line in read("overhead", classes=classes):
+        added = (f"{int(line[f'{x}_added']) / 1e6:.2f} ({line[f'{x}_percent']} %)" for x in ("rsd", "ofa"))
+        rows.append([f"{line['teacher']} to {line['student']}", *added, f"{int(line['student_parameters']) / 1e6:.2f}"])
     return markdown("pair | RSD adds | OFA adds | student", rows)
 
 
 def paper(classes: str) -> str:
-    """The papers' pairs with what the papers report, and an estimate of the hours on an H100 at a tenth of its peak."""
-    rows = []
-    for line in chosen("overhead", classes=classes):
-        alone, ofa, rsd = PUBLISHED.get((line["classes"], line["teacher"], line["student"]), ("-",) * 3)
-        small, images = line["classes"] == "100", 50_000 if line["classes"] == "100" else 1_281_167
-        epochs = 300 if small or line["student"] not in ("ResNet18", "MobileNetV2") else 100
+    """What the papers report, and an estimate of the hours on an H100 at a tenth of its peak."""
+    images, rows = 50_000 if classes == "100" else 1_281_167, []
+    for line in read("overhead", classes=classes):
+        alone, ofa, rsd = PUBLISHED.get((classes, line["teacher"], line["student"]), ("-",) * 3)
+        epochs = 100 if classes == "1000" and line["student"] in ("ResNet18", "MobileNetV2") else 300
         operations = epochs * images * (3 * int(line["student_operations"]) + int(line["teacher_operations"]))
         hours = operations / (0.1 * 989e12) / 3600
         rows.append([f"{line['teacher']} to {line['student']}", rsd, ofa, alone, f"{hours:.2g}"])
     return markdown("pair | RSD | OFA | alone | hours on one H100", rows)
 
 
-def chosen(file: str, **which: str) -> list[Line]:
-    return [line for line in read(file) if which.items() <= line.items() and line.get("method") != "teacher"]
-
-
-TABLES = {
-    **{f"methods-{pair}": partial(methods, pair) for pair in ("cnn_vit", "cnn_mlp", "vit_cnn", "cnn_cnn")},
-    **{
-        f"dense-{x}": partial(variants, "dense", pair=x)
-        for x in ("small_cnn_coarse", "small_cnn_vit", "vit_cnn", "cnn_cnn")
-    },
-    **{
-        f"segmentation-{pair}-{label}": partial(variants, "segment", pair=pair, labelled=labelled)
-        for pair in ("cnn_vit", "vit_cnn")
-        for label, labelled in (("few", "8"), ("all", "1"))
-    },
-    "segmentation": scenes,
-    "weights": weights,
-    "widths": widths,
-    **{
-        f"{make.__name__}-{classes}": partial(make, classes)
-        for make in (parameters, paper)
-        for classes in ("100", "1000")
-    },
-}
+TABLES: dict[str, Callable[[], str]] = {"segmentation": scenes, "weights": weights, "widths": widths}
+for pair in ("cnn_vit", "cnn_mlp", "vit_cnn", "cnn_cnn"):
+    TABLES[f"methods-{pair}"] = lambda pair=pair: methods(pair)
+for pair in ("small_cnn_coarse", "small_cnn_vit", "vit_cnn", "cnn_cnn"):
+    TABLES[f"dense-{pair}"] = lambda pair=pair: variants("dense", pair=pair)
+for pair in ("cnn_vit", "vit_cnn"):
+    TABLES[f"segmentation-{pair}-few"] = lambda pair=pair: variants("segment", pair=pair, labelled="8")
+    TABLES[f"segmentation-{pair}-all"] = lambda pair=pair: variants("segment", pair=pair, labelled="1")
+for classes in ("100", "1000"):
+    TABLES[f"parameters-{classes}"] = lambda classes=classes: parameters(classes)
+    TABLES[f"paper-{classes}"] = lambda classes=classes: paper(classes)
 
 
 def table(name: str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks.accuracy.evidence import RESULTS, Line, chosen, groups, scores
+from benchmarks.accuracy.evidence import RESULTS, Line, groups, read, scores
 
 PAIRS = {
     "cnn_vit": "From ResNet to ViT",
@@ -25,7 +25,7 @@ def gain(path: Path) -> None:
     axes = figure.add_subplot()
     shown = ("cnn_vit", "cnn_mlp", "vit_cnn")
     for place, pair in enumerate(shown):
-        whole = [group for group in groups(chosen("distill", pair=pair, epochs="15")) if len(group) == 3]
+        whole = [group for group in groups(read("distill", pair=pair, epochs="15")) if len(group) == 3]
         best = {group[0]["method"]: group for group in reversed(whole)}
         baseline = next(group for group in whole if group[0]["method"] in BASELINES)
         bars = [("alone", best["none"], "0.75"), ("best baseline", baseline, "C0")]
@@ -55,7 +55,7 @@ def label(line: Line, among: list[Line]) -> str:
 
 def accuracy(path: Path) -> None:
     """Every run of every method, a panel for each pair."""
-    ordered = {pair: groups(chosen("distill", pair=pair))[::-1] for pair in PAIRS}
+    ordered = {pair: groups(read("distill", pair=pair))[::-1] for pair in PAIRS}
     heights = [len(found) + 2.5 for found in ordered.values()]
     figure = Figure(figsize=(5, 0.22 * sum(heights) + 0.4), layout="constrained")
     panels = figure.subplots(len(PAIRS), 1, height_ratios=heights)
@@ -75,7 +75,7 @@ def accuracy(path: Path) -> None:
 
 def sensitivity(path: Path) -> None:
     """Validation accuracy over weight and kappa, for each pair and batch; outlined: within a point of the best."""
-    lines = chosen("sensitivity", method="rsd", warmup="0")
+    lines = read("sensitivity", method="rsd", warmup="0")
     weights, kappas = (sorted({float(line[name]) for line in lines}) for name in ("weight", "kappa"))
     panels = list(dict.fromkeys((line["pair"], line["batch"]) for line in lines))
     figure = Figure(figsize=(5, 2.6 * len(panels)), layout="constrained")
