@@ -78,7 +78,7 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rsd-loss"
     add("--cache", type=Path, default=cache, help=f"for teachers and their outputs ({default})")
     add("--csv", type=records.output, default=task.results, help=default)
-    parser.set_defaults(labelled=1, views=0, compile=False, teacher="")
+    parser.set_defaults(labelled=1, views=0, compile=False, teacher=None)
     parser.set_defaults(**task.defaults)
 
 
@@ -102,14 +102,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name in NEED_LABELS and (mixing or args.labelled > 1):
             other = f"{mixing[0]}, which mixes images" if mixing else "--labelled"
             parser.error(f"{text} needs one label for every image: leave out it or {other}")
-    if args.teacher and len(teachers := {task.pairs[pair][0] for pair in args.pairs}) > 1:
-        parser.error(f"--teacher is one teacher, and --pairs has {', '.join(sorted(teachers))}")
     args.teacher_name = ""
     if args.teacher:
         digest = hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()
         args.teacher_name, args.teacher_epochs = f"{Path(args.teacher).stem}-{digest[:8]}", 0
-    if dist.is_torchelastic_launched() and ":" in args.device:
-        parser.error(f"--device {args.device} is one device: give cuda, and each process takes its own")
     return args
 
 

@@ -242,14 +242,10 @@ def method_named(text: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}: choose from {', '.join(METHODS)}")
     found = METHODS[name]
-    known = inspect.signature(found.build).parameters.keys() - {"setup", "added"}
-    chosen = {}
-    for setting in settings.split(",") if settings else ():
-        key, _, value = setting.partition("=")
-        if key not in known:
-            raise ValueError(f"{name} has no setting {key!r}: it has {', '.join(sorted(known)) or 'none'}")
-        try:
-            chosen[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{name} has no value for {key!r} in {value!r}: write a number") from error
+    pairs = (setting.partition("=") for setting in settings.split(",") if setting)
+    try:
+        chosen = {key: ast.literal_eval(value) for key, _, value in pairs}
+        inspect.signature(found.build).bind(None, None, **chosen)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} has no such settings as {settings!r}: {error}") from error
     return found._replace(build=partial(found.build, **chosen))

@@ -126,20 +126,6 @@ def networks(classes: int) -> dict[str, Network]:
 # Images
 
 
-class Seen(Dataset):
-    """A dataset through a transform."""
-
-    def __init__(self, images: Dataset, transform: object) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image, label = self.images[i]
-        return self.transform(image.convert("RGB")), label
-
-
 class Files:
     """Images loaded from disk. Every view is fresh, and small images are enlarged on the device."""
 
@@ -167,8 +153,8 @@ class Files:
         rank, world = rank_and_world()
         strong = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}
         kind = STATISTICS[self.size] | (strong if network.strong else {"color_jitter": None})
-        transform = create_transform(self.size, is_training=True, interpolation="random", **kind)
-        seen, classes = Seen(self.train.images, transform), {"num_classes": self.classes}
+        seen, classes = self.train.images, {"num_classes": self.classes}
+        seen.transform = create_transform(self.size, is_training=True, interpolation="random", **kind)
         share = len(seen) // world
         if share < run.batch:
             refuse(f"a process has {share} images and a batch of {run.batch}: give smaller --batches")
@@ -184,8 +170,9 @@ class Files:
 
     def shown(self, split: Split) -> Iterator[Tensor]:
         crop = 0.875 if self.size == SIDE else 1.0
-        transform = create_transform(self.size, interpolation="bicubic", crop_pct=crop, **STATISTICS[self.size])
-        for images, _ in DataLoader(Seen(split.images, transform), 100, num_workers=self.workers):
+        kind = {"interpolation": "bicubic", "crop_pct": crop, **STATISTICS[self.size]}
+        split.images.transform = create_transform(self.size, **kind)
+        for images, _ in DataLoader(split.images, 100, num_workers=self.workers):
             yield self.enlarged(images)
 
 
@@ -227,9 +214,5 @@ class Paper:
             if not args.teacher_epochs and model.num_classes != 1000:
                 refuse("the teacher's classifier would be random: give --teacher-epochs or --teacher")
             timm.models.load_pretrained(model, num_classes=model.num_classes, filter_fn=renamed)
-            return
-        try:
-            timm.models.load_checkpoint(model, str(args.teacher), filter_fn=renamed, weights_only=True)
-        except Exception as error:  # many kinds, for many kinds of files
-            what = str(error).strip().partition("\n")[0]
-            refuse(f"--teacher {args.teacher} has no weights of this {type(model).__name__}: {what}")
+        else:
+            timm.models.load_checkpoint(model, args.teacher, filter_fn=renamed, weights_only=True)

@@ -268,7 +268,7 @@ def test_the_splits_do_not_overlap(run, images, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "rsd_dense:grid=2"], "rsd_dense has no setting 'grid': it has pooled, student_stage"),
+        (["--methods", "rsd_dense:grid=2"], "rsd_dense has no such settings as 'grid=2': got an unexpected keyword"),
         (["--labelled", "8", "--methods", "dkd"], "dkd needs one label for every image: leave out it or --labelled"),
         (["--csv", "notes"], "--csv: notes has other columns"),
     ],

@@ -116,7 +116,6 @@ def test_what_cannot_work_is_not_trained(images, tmp_path, capsys):
     for more, sentence in (
         ([*words, "--batches", "9"], "a process has 4 images and a batch of 9: give smaller --batches"),
         ([*words[:at], *words[at + 2 :], "--teacher-epochs", "0"], "classifier would be random"),
-        ([*words, "--teacher", str(ROOT / "README.md")], "README.md has no weights of this VisionTransformer"),
     ):
         with pytest.raises(SystemExit) as caught:
             command.main(more)
