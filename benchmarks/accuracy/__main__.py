@@ -153,11 +153,6 @@ def start(args: argparse.Namespace, progress: Progress, argv: Sequence[str] | No
     return Bench(task, data, args, progress, origin)
 
 
-def shown(run: Run) -> str:
-    """What to choose by, or the test score where there is no choice."""
-    return f"test {run.test:.1f} %" if math.isnan(run.validation) else f"validation {run.validation:.1f} %"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     launched = dist.is_torchelastic_launched()
     if launched and torch.cuda.is_available():
@@ -176,16 +171,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench = start(args, progress, argv) if runs else None
         for run in runs:
             teacher = teacher_of(bench, run, bench.task.pairs[run.pair][0])[1]
-            if first and teacher.key not in args.done:
-                append(teacher, args.csv)
-                console.print(f"{teacher.pair}: teacher {shown(teacher)}, {teacher.minutes:.1f} min")
-            args.done.add(teacher.key)
             distil(bench, run)
-            if first:
-                append(run, args.csv)
+            for row in (teacher, run):
+                if first and row.key not in args.done:
+                    append(row, args.csv)
+                    chosen_by = "test" if math.isnan(row.validation) else "validation"
+                    score = f"{chosen_by} {getattr(row, chosen_by):.1f} %, {row.minutes:.1f} min"
+                    console.print(f"{row.pair} {row.method} weight {row.weight:g} seed {row.seed}: {score}")
+                args.done.add(row.key)
             progress.advance(bar)
-            what = f"{run.pair} {run.method} weight {run.weight:g} seed {run.seed}"
-            console.print(f"{what}: {shown(run)}, {run.step_ms:.0f} ms a step, {run.minutes:.1f} min", soft_wrap=True)
     if launched:
         dist.destroy_process_group()
 

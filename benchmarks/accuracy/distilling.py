@@ -73,8 +73,8 @@ def train_teacher(bench: Bench, of: Run, name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def look_up(bench: Bench, name: str, model: nn.Module) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The teacher's outputs on every view, with maps averaged down to the task's grid in float16."""
+def look_up(bench: Bench, name: str, model: nn.Module) -> list[Tensor]:
+    """The teacher's outputs on every view, with stages as maps averaged down to the task's grid in float16."""
     model.eval()
     count, views = bench.data.views.shape[:2]
     count, found = count * views, None
@@ -88,11 +88,10 @@ def look_up(bench: Bench, name: str, model: nn.Module) -> tuple[Tensor, Tensor, 
         found = found or [x.new_empty(count, *x.shape[1:]) for x in batch]  # filled in place: these are gigabytes
         for whole, part in zip(found, batch, strict=True):
             whole[rows] = part
-    logits, embedding, *stages = found
-    return logits, embedding, stages
+    return found
 
 
-def take(found: tuple[Tensor, Tensor, list[Tensor]], images: Tensor, at: Tensor) -> Outputs:
+def take(found: list[Tensor], images: Tensor, at: Tensor) -> Outputs:
     """The teacher's outputs by their places in the cache."""
-    logits, embedding, stages = found
-    return Outputs(logits[at], embedding[at], [stage[at] for stage in stages])
+    logits, embedding, *stages = (x[at] for x in found)
+    return Outputs(logits, embedding, stages)
