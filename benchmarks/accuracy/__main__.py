@@ -53,7 +53,8 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     default = "default: %(default)s"
     several = {"nargs": "+", "help": default}
     add("--data", required=True, type=partial(checked, task.source), help=task.source.__doc__)
-    add("--pairs", choices=task.pairs, nargs="+", default=list(task.pairs), help="teacher_student (default: all)")
+    names = {"choices": task.pairs, "metavar": "TEACHER_STUDENT", "help": f"default: {' '.join(task.pairs)}"}
+    add("--pairs", nargs="+", default=list(task.pairs), **names)
     described = f"may have settings, as in rsd_dense:pooled=0.0; default: {' '.join(task.methods)}"
     method = partial(checked, method_named)
     add("--methods", type=method, nargs="+", default=list(task.methods), metavar="METHOD", help=described)
