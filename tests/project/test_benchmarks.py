@@ -2,7 +2,6 @@ import csv
 import importlib
 import io
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from pool import SIZE
 
 from benchmarks import rivals
 from rsd_loss import rsd_loss
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(("rows", "features"), [(16, 24), (24, 16)])
@@ -134,7 +131,7 @@ def test_quick_run_of_several_processes(tmp_path):
 
 
 # A command, what somebody asks of it, and the argument that its answer names. There is no {missing}; {file} is a file
-# and no table, {folder} a folder and {cut} one with the file of a run that was stopped.
+# and no table, {folder} a folder.
 MISTAKES = [
     *(("throughput", ["--shapes", text], f"--shapes: '{text}'") for text in ("0x192", "1x192", "128x0", "128", "axb")),
     *(("throughput", ["--nproc", text], f"--nproc: '{text}'") for text in ("0", "-1", "two")),
@@ -158,17 +155,11 @@ MISTAKES = [
     ("throughput", ["--contestants", "distributed"], "--contestants: distributed"),
     ("throughput", ["--nproc", "2", "--contestants", "naive"], "--contestants: naive"),
     ("distributed", ["--quick", "--nproc", "0"], "--nproc: '0'"),
-    ("overhead", ["--csv", "{folder}"], "--csv: '{folder}'"),
-    ("overhead", ["--csv", "{file}/a.csv"], "--csv: '{file}/a.csv'"),
-    ("evidence", ["--results", "{missing}"], "--results: '{missing}/distill.csv'"),
-    ("evidence", ["--results", "{cut}"], "--results: '{cut}/distill.csv'"),
     ("triton_resources", ["--csv", "{folder}"], "--csv: '{folder}'"),
 ]
 COMMANDS = {  # and what it takes to import them
     "throughput": ["rich", "matplotlib"],
     "distributed": ["rich"],
-    "overhead": ["rich", "timm", "torchvision"],
-    "evidence": ["rich", "timm", "torchvision", "matplotlib"],
     "triton_resources": ["triton"],
 }
 
@@ -183,12 +174,9 @@ def command(name):
 def test_mistakes_are_answered_before_any_work(name, argv, named, tmp_path, capsys, monkeypatch):
     main = command(name)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    places = {place: str(tmp_path / place) for place in ("missing", "file", "folder", "cut")}
+    places = {place: str(tmp_path / place) for place in ("missing", "file", "folder")}
     (tmp_path / "file").write_text("no table\n")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "cut").mkdir()
-    header = (RESULTS / "distill.csv").read_text().splitlines()[0]
-    (tmp_path / "cut" / "distill.csv").write_text(f"{header}\ncifar100-20,1,cnn_vit,rsd\n")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as ended:
         main([*(word.format(**places) for word in argv), *["--quick"] * (name == "throughput")])
@@ -252,23 +240,6 @@ def test_tables_have_whole_names_at_80_columns():
     rows[2].status = status
     out = printed(distributed.table(rows))
     assert all(name in out for name in rivals.DISTRIBUTED)
-    assert "…" not in out
-
-
-def test_overhead_has_whole_names_at_80_columns():
-    command("overhead")
-    from benchmarks import overhead, paper
-
-    counts = {"student_parameters": 15_350_872, "rsd_added": 5_248_000, "ofa_added": 28_187_040}
-    counts |= {"rsd_percent": 223.1, "ofa_percent": 293.6}
-    pairs = [(c, s, t) for c, students in paper.PAIRS.items() for s, teachers in students.items() for t in teachers]
-    out = printed(overhead.table([{"classes": c, "student": s, "teacher": t, **counts} for c, s, t in pairs]))
-    lines = [line for line in out.splitlines() if "28.19 (293.6 %)" in line]
-    assert len(lines) == len(pairs)
-    for line, (_, student, teacher) in zip(lines, pairs, strict=True):
-        assert student in line
-        assert teacher in line
-        assert "5.25 (223.1 %)" in line
     assert "…" not in out
 
 

@@ -1,6 +1,8 @@
 """The papers' pairs: all 27 built without memory, and a few real steps of some on random images."""
 
 import csv
+import functools
+import math
 import os
 import re
 import subprocess
@@ -15,41 +17,25 @@ pytest.importorskip("timm", reason="needs the bench extra")
 pytest.importorskip("rich", reason="needs the bench extra")
 from PIL import Image
 
-from benchmarks import distill, methods, overhead, paper
+from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy import classification, methods, paper, parameters, training
 
 ROOT = Path(__file__).parents[2]
-WIDTHS = {  # of the embedding, of the last map or tokens, and on a side of the last grid
-    "resnet18": (512, 512, 7),
-    "resnet50": (2048, 2048, 7),
-    "mobilenetv2": (1280, 320, 7),
-    "convnext-t": (768, 768, 7),
-    "swin-t": (768, 768, 7),
-    "swin-n": (512, 512, 7),
-    "swin-p": (384, 384, 7),
-    "deit-t": (192, 192, 14),
-    "vit-s": (384, 384, 14),
-    "mixer-b16": (768, 768, 14),
-    "resmlp-s12": (384, 384, 14),
-}
-
-
-@pytest.mark.parametrize(("classes", "pair"), [(n, pair) for n, task in paper.TASKS.items() for pair in task.pairs])
-def test_every_pair_has_its_widths_and_four_stages(classes, pair):
-    for name in paper.TASKS[classes].pairs[pair]:
-        _, out, _ = overhead.build(name, classes)
-        embedding, last, side = WIDTHS[name.removeprefix("teacher-")]
-        assert out.logits.shape == (2, classes)
-        assert out.embedding.shape == (2, embedding)
-        assert len(out.stages) == 4
-        assert out.stages[-1].shape in ((2, last, side, side), (2, side * side, last))
+PAPERS = {classes: paper.Paper(classes) for classes in (100, 1000)}
 
 
 def test_there_are_the_27_pairs():
-    found = {n: list(paper.cells(n)) for n in paper.PAIRS}
-    assert {n: len(pairs) for n, pairs in found.items()} == {100: 12, 1000: 15}
-    for classes, pairs in found.items():
-        named = {name: (f"teacher-{paper.key(above)}", paper.key(below)) for name, above, below in pairs}
-        assert paper.TASKS[classes].pairs == named
+    assert {n: len(task.pairs) for n, task in PAPERS.items()} == {100: 12, 1000: 15}
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnext-t", "swin-t", "mixer-b16", "resmlp-s12"])
+def test_a_network_gives_four_stages(name):
+    """Of maps or tokens, each on a quarter of the positions of the one before or on as many."""
+    _, out, _ = parameters.build(f"teacher-{name}" if f"teacher-{name}" in PAPERS[1000].networks else name, 1000)
+    assert out.logits.shape == (2, 1000)
+    sides = [x.shape[2] if x.ndim == 4 else math.isqrt(x.shape[1]) for x in out.stages]
+    assert sides in ([56, 28, 14, 7], [14] * 4)
+    assert (out.stages[0].ndim == 4) == (name in ("resnet50", "convnext-t"))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +49,7 @@ def test_there_are_the_27_pairs():
 )
 def test_the_learning_rate_is_that_of_the_public_settings(classes, student, rates):
     """Of 900 steps of as many images as theirs: up over 3 or 20 of 300 epochs, then half a cosine or stairs."""
-    network = paper.TASKS[classes].networks[student]
+    network = PAPERS[classes].networks[student]
     batch = 128 if classes == 100 else 8 * 64 if student == "resnet18" else 8 * 128
     factor = network.schedule(900)
     for step, rate in rates.items():
@@ -71,7 +57,7 @@ def test_the_learning_rate_is_that_of_the_public_settings(classes, student, rate
 
 
 def test_vectors_have_no_weight_decay():
-    network = paper.TASKS[100].networks["resnet18"]
+    network = PAPERS[100].networks["resnet18"]
     layer = torch.nn.Linear(3, 3)
     matrix, vector = network.optimizer(list(layer.parameters()), lr=1.0, weight_decay=0.3).param_groups
     assert (matrix["params"], matrix["weight_decay"]) == ([layer.weight], 0.3)
@@ -95,15 +81,16 @@ def images(tmp_path_factory):
 def weights(folder, name):
     """A file of random weights of a teacher."""
     torch.manual_seed(0)
-    networks = paper.TASKS[1000].networks | paper.TASKS[100].networks
+    networks = PAPERS[1000].networks | PAPERS[100].networks
     torch.save(networks[f"teacher-{name}"].build(2).state_dict(), folder / f"{name}.pth")
     return folder / f"{name}.pth"
 
 
 def options(images, folder, pair, *more):
+    task = "paper-cifar100" if images.name == "small" else "paper-imagenet"
     teacher = weights(folder, pair.partition("_")[0])
     places = ["--data", images, "--cache", folder / "cache", "--csv", folder / "runs.csv", "--teacher", teacher]
-    return [str(word) for word in (*places, "--workers", "1", "--pairs", pair, *more)]
+    return [task, *(str(word) for word in (*places, "--workers", "1", "--pairs", pair, *more))]
 
 
 def test_what_cannot_work_is_not_trained(images, tmp_path, capsys):
@@ -112,10 +99,9 @@ def test_what_cannot_work_is_not_trained(images, tmp_path, capsys):
     for more, sentence in (
         ([*words, "--batches", "9"], "a process has 4 images and a batch of 9: give smaller --batches"),
         ([*words[:at], *words[at + 2 :], "--teacher-epochs", "0"], "classifier would be random"),
-        ([*words, "--teacher", str(ROOT / "README.md")], "README.md has no weights of this VisionTransformer"),
     ):
         with pytest.raises(SystemExit) as caught:
-            paper.main(more)
+            command.main(more)
         assert caught.value.code == 2
         assert sentence in capsys.readouterr().err
 
@@ -131,7 +117,7 @@ def lines(folder):
 )
 def test_two_steps(images, tmp_path, kind, pair, method):
     few = ["--epochs", "1", "--batches", "2", "--methods", method]
-    paper.main(options(images / kind, tmp_path, pair, *few))
+    command.main(options(images / kind, tmp_path, pair, *few))
     teacher, student = lines(tmp_path)
     assert (teacher["method"], student["method"]) == ("teacher", method)
     assert re.fullmatch(pair.partition("_")[0] + "-[0-9a-f]{8}", student["teacher"])
@@ -150,12 +136,13 @@ def test_a_step_of_two_processes(images, tmp_path):
 
 
 def test_the_losses_of_a_step_are_one_graph():
-    network = distill.NETWORKS["vit_coarse"]
+    network = classification.networks["vit_coarse"]
     model, images, y = network.build(5), torch.randn(4, 3, 32, 32), torch.arange(4)
-    teacher = distill.outputs(model, network, images)
+    teacher = classification.outputs(model, network, images)
     added = torch.nn.ModuleList()
-    setup = methods.Setup(teacher, teacher, model.head, model.head, 0.01, "sum")
-    objective = distill.Objective(distill.outputs, network, model, added, methods.rsd(setup, added))
+    term = methods.rsd(methods.Setup(teacher, teacher, model.head, model.head, 0.01), added)
+    outputs = functools.partial(classification.outputs, network=network)
+    objective = training.Objective(lambda model, images: outputs(model, images=images), model, added, term, 0.1)
     compiled = torch.compile(objective, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images, y, teacher), objective(images, y, teacher))
 
@@ -163,40 +150,23 @@ def test_the_losses_of_a_step_are_one_graph():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data", "nowhere"], "nowhere has no train/ and test/ with a folder for each class"),
-        (["--pairs", "swin-t_deit-t"], "invalid choice: 'swin-t_deit-t'"),
-        (["--pairs", "convnext-t_deit-t", "--methods", "ofa"], "ofa needs one label an image"),
-        (["--teacher", "nothing.pth"], "there is no file nothing.pth"),
-        (["--teacher", "some.pth"], "--teacher is of one teacher, and --pairs has teacher-convnext-t, teacher-mixer"),
-        (["--bfloat16", "--float16"], "not allowed with argument"),
-        (["--methods", "cwd"], "cwd is for other networks than these pairs have"),
-        (["--labelled", "8"], "--labelled"),
-        (["--workers", "0"], "--workers must be at least 1"),
+        (["--pairs", "convnext-t_deit-t", "--methods", "ofa"], "ofa needs one label for every image"),
+        (["--teacher", "nothing.pth"], "--teacher: .* No such file or directory: 'nothing.pth'"),
     ],
 )
 def test_a_mistake_is_answered_before_anything_is_downloaded(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("some.pth").write_text("no weights\n")
-    places = ["--data", "cifar100", "--cache", ".", "--csv", "runs.csv"]  # for a mistake that is none any more
     with pytest.raises(SystemExit) as caught:
-        paper.main([*places, *words])
+        command.main(["paper-cifar100", "--data", "cifar100", "--cache", ".", "--csv", "runs.csv", *words])
     assert caught.value.code == 2
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
-@pytest.mark.parametrize("classes", paper.PAIRS)
-def test_the_page_has_the_pairs_and_their_commands(classes):
-    page = (ROOT / "docs" / "reproducing.md").read_text()
-    table, _, commands = paper.markdown(classes, ROOT / "benchmarks/results/overhead.csv").partition("\n\n")
-    assert table in page
-    assert commands in page
-
-
-def compared(self, name, model, run, *args, fit=distill.Bench.fit, **options):
+def compared(bench, name, model, run, *rest, fit=training.fit):
     """A training after which all processes have the same weights, though each has seen other images."""
-    found = fit(self, name, model, run, *args, **options)
+    found = fit(bench, name, model, run, *rest)
     for mine in (torch.cat([p.detach().flatten() for p in model.parameters()]), torch.tensor(found)):
-        everybody = [torch.empty_like(mine) for _ in range(self.world)]
+        everybody = [torch.empty_like(mine) for _ in range(run.processes)]
         torch.distributed.all_gather(everybody, mine)
         # The classifier starts at zero, so it is the statistics that losses differ by.
         assert torch.equal(*everybody) == (len(mine) > 1 or run.method != "rsd")
@@ -204,5 +174,5 @@ def compared(self, name, model, run, *args, fit=distill.Bench.fit, **options):
 
 
 if __name__ == "__main__":  # in each of the two processes
-    distill.Bench.fit = compared
-    paper.main()
+    training.fit = compared
+    command.main()
