@@ -25,8 +25,8 @@ class Distiller(lightning.LightningModule):
         super().__init__()
         self.student = ViTStudent()
         self.teacher = teacher.eval().requires_grad_(False)
-        self.projector = DecouplingProjector(ViTStudent.width, ConvTeacher.width)  # rsd
-        self.rsd = RSDLoss(gather_distributed=True)  # rsd
+        self.projector = DecouplingProjector(ViTStudent.width, teacher.width)  # rsd
+        self.rsd = RSDLoss(kappa=0.0, gather_distributed=True)  # rsd
 
     def train(self, mode: bool = True) -> "Distiller":
         """Lightning since 2.2 leaves the modes as they are when it starts to fit; this holds for every call."""
@@ -38,9 +38,9 @@ class Distiller(lightning.LightningModule):
         images, labels = batch
         embedding, logits = self.student(images)  # rsd
         with torch.no_grad():  # rsd
-            teacher_embedding, _ = self.teacher(images)  # rsd
+            target, _ = self.teacher(images)  # rsd
         loss = F.cross_entropy(logits, labels)
-        rsd = self.rsd(self.projector(embedding), teacher_embedding)  # rsd
+        rsd = self.rsd(self.projector(embedding), target)  # rsd
         self.log("rsd", rsd.detach())  # the same on all devices: sync_dist is not needed
         return loss + 0.1 * rsd  # rsd
 

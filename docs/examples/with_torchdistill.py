@@ -53,7 +53,7 @@ criterion:
           kwargs: {input: {is_from_teacher: False, module_path: student_model.head, io: output}}
         weight: 1.0
       embedding:
-        criterion: {key: RSDLoss, kwargs: {kappa: 0.01}}  # rsd
+        criterion: {key: RSDLoss, kwargs: {kappa: 0.0}}  # rsd
         criterion_wrapper:
           key: SimpleLossWrapper
           kwargs:
