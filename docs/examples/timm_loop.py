@@ -96,7 +96,8 @@ def main(epochs: int = 8, names: tuple[str, str] = ("vit", "cnn"), compiled: boo
     projectors = new_projectors(student, teacher, next(iter(batches))[0])  # rsd
     trained = nn.ModuleList([student, projectors])  # rsd
     optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)  # rsd
-    step = torch.compile(objective) if compiled else objective  # one graph, with the loss in it
+    # Compiled, student, teacher and loss are one graph.
+    step = torch.compile(objective) if compiled else objective
     for _ in range(epochs):
         student.train()
         for images, labels in batches:

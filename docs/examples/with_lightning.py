@@ -41,7 +41,8 @@ class Distiller(lightning.LightningModule):
             target, _ = self.teacher(images)  # rsd
         loss = F.cross_entropy(logits, labels)
         rsd = self.rsd(self.projector(embedding), target)  # rsd
-        self.log("rsd", rsd.detach())  # the same on all devices: sync_dist is not needed
+        # The same on all devices: sync_dist is not needed.
+        self.log("rsd", rsd.detach())
         return loss + 0.1 * rsd  # rsd
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -51,7 +51,8 @@ def new_task(student: nn.Module, teacher: nn.Module) -> FeatureDistillationTask:
     task = RSDTask(student, teacher, criterion, distill_loss_weight=0.1)  # rsd
     widths = student.head_hidden_size, teacher.head_hidden_size  # rsd
     task.trainable_module.projection = DecouplingProjector(*widths)  # rsd
-    return task  # then task.to(device), task.compile() and task.prepare_distributed(), in this order
+    # Then task.to(device), task.compile() and task.prepare_distributed(), in this order.
+    return task
 
 
 def fit(model: nn.Module, batches: DataLoader, epochs: int) -> None:

@@ -72,6 +72,7 @@ class WithProjector(AuxiliaryModelWrapper):
     ) -> None:
         super().__init__()
         where = {name: options[name] for name in ("device", "device_ids", "distributed")}
+        # Wrapped as the student is.
         projector = DecouplingProjector(student_width, teacher_width)  # rsd
         self.student_model = wrap_if_distributed(student_model, **where)
         self.projector = wrap_if_distributed(projector, **where)

@@ -87,8 +87,9 @@ def arguments(folder: str, **options: Any) -> TrainingArguments:
     # A batch of one row has no statistics, so the last is dropped; in evaluation and prediction as well, so let its
     # batch size divide the rows, or set trainer.args.dataloader_drop_last = False before. For a transformers model
     # DistributedDataParallel looks for unused parameters, finds the projector's and fails when they are used later.
-    needed = {"dataloader_drop_last": True, "ddp_find_unused_parameters": False}  # rsd
-    return TrainingArguments(folder, disable_tqdm=True, **{**common, **needed, **options})
+    common["dataloader_drop_last"] = True  # rsd
+    common["ddp_find_unused_parameters"] = False  # rsd
+    return TrainingArguments(folder, disable_tqdm=True, **(common | options))
 
 
 def accuracy(trainer: Trainer, rows: list[dict[str, Tensor]]) -> float:
