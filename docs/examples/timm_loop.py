@@ -90,7 +90,7 @@ def main(epochs: int = 8, names: tuple[str, str] = ("vit", "cnn"), compiled: boo
     train, _, test = load_splits()
     torch.manual_seed(0)
     student, teacher = (timm.create_model(**MODELS[name], num_classes=10) for name in names)
-    fit(teacher, loader(train), epochs=6)
+    fit(teacher, loader(train), epochs)
     batches = loader(train)
     teacher.eval().requires_grad_(False)  # rsd
     projectors = new_projectors(student, teacher, next(iter(batches))[0])  # rsd

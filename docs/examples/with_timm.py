@@ -79,7 +79,7 @@ def main(epochs: int = 12) -> tuple[FeatureDistillationTask, float]:
     torch.manual_seed(0)
     teacher = timm.create_model(TEACHER, num_classes=10)
     student = timm.create_model(**STUDENT, num_classes=10)
-    fit(teacher, loader(train, teacher), epochs=6)
+    fit(teacher, loader(train, teacher), epochs // 2)
     task = new_task(student, teacher)
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=3e-3, weight_decay=0.05)
     task.setup_ema(decay=0.9)

@@ -78,7 +78,7 @@ def main(epochs: int = 8) -> tuple[nn.Module, nn.Module, float]:
     student = VisionTransformer(
         image_size=16, patch_size=4, num_layers=2, num_heads=4, hidden_dim=48, mlp_dim=96, num_classes=10
     )
-    fit(teacher, loader(train), epochs=3)
+    fit(teacher, loader(train), epochs)
     distil(student, teacher, loader(train), epochs)
     # The student is an ordinary torchvision model all along: nothing to unwrap, and its state dict is its own.
     result = accuracy(student, loader(test))
