@@ -24,13 +24,13 @@ GITHUB_REFERENCE = GITHUB.replace(r"\]\(", r"\]: ")
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are kept at the root, and all results, to which pages link."""
     for name, page in {"README": "index.md", "CONTRIBUTING": "contributing.md", "CHANGELOG": "changelog.md"}.items():
-        files.append(File.generated(config, page, content=on_site((ROOT / f"{name}.md").read_text())))
+        files.append(File.generated(config, page, content=site_links((ROOT / f"{name}.md").read_text())))
     for path in sorted(RESULTS.iterdir()):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
 
 
-def on_site(text: str) -> str:
+def site_links(text: str) -> str:
     """A root document with links to the site's pages."""
     text = re.sub(GITHUB, "](", re.sub(GITHUB_REFERENCE, "]: ", text))
     moved = {"docs/": "", "benchmarks/results/": "results/", "README.md": "index.md"}
@@ -49,7 +49,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Marks figures in tables; equations to MathML, which browsers draw without a script or a font from elsewhere."""
-    content = re.sub(r"<td(?=[^>]*>[-+]?[\d.]+\D{0,14}<)", "<td data-figure", content)
+    content = re.sub(r"<td(?=[^>]*>[-+]?\d[^<]{0,20}</td>)", "<td data-figure", content)
     content = re.sub(r"<thead>\s*<tr>\s*(?:<th[^>]*></th>\s*)+</tr>\s*</thead>", "", content)  # nothing but empty cells
     for wrap, display in ((r'<div class="arithmatex">\\\[(.*?)\\\]</div>', "block"), (INLINE, "inline")):
         content = re.sub(

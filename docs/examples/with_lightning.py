@@ -63,7 +63,7 @@ def main(devices: int = 1, epochs: int = 8, **options: Any) -> tuple[lightning.T
     train, _, test = load_splits()
     lightning.seed_everything(0, verbose=False)
     teacher = ConvTeacher()
-    train_teacher(teacher, all_shifts(train.images), train.labels, epochs=5)
+    train_teacher(teacher, all_shifts(train.images), train.labels, epochs=20)
     module = Distiller(teacher)
     # A batch of one row has no statistics: drop_last. With several devices Lightning gives each its own part.
     loader = DataLoader(TensorDataset(*train), batch_size=64 // devices, shuffle=True, drop_last=True)

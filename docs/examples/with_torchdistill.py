@@ -99,7 +99,7 @@ def main() -> tuple[DistillationBox, float]:
     train, _, test = load_splits()
     torch.manual_seed(0)
     teacher, student = ConvTeacher(), ViTStudent()
-    train_teacher(teacher, all_shifts(train.images), train.labels, epochs=5)
+    train_teacher(teacher, all_shifts(train.images), train.labels, epochs=20)
     box = new_box(student, teacher, TensorDataset(*train))
     for epoch in range(box.num_epochs):
         box.pre_epoch_process(epoch=epoch)
