@@ -46,8 +46,8 @@ def new_projectors(student, teacher, images):  # rsd
     _, s, s_map = features(student.eval(), images)  # rsd
     _, t, t_map = features(teacher.eval(), images)  # rsd
     student.train()  # rsd
-    pairs = (s, t), (s_map, t_map)  # rsd
-    projectors = (DecouplingProjector(a.shape[1], b.shape[1]) for a, b in pairs)  # rsd
+    widths = (s.shape[1], t.shape[1]), (s_map.shape[1], t_map.shape[1])  # rsd
+    projectors = [DecouplingProjector(*pair) for pair in widths]  # rsd
     return nn.ModuleList(projectors).to(images.device)  # rsd
 
 
