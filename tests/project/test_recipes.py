@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 # What each needs besides the demo extra, and what its main takes and must reach: a tenth is chance.
 RECIPES = {
     "plain_loop": ([], {"epochs": 4}, 50),
-    "timm_loop": (["timm"], {"epochs": 2}, 15),
+    "timm_loop": (["timm"], {"epochs": 3}, 20),
     "with_timm": (["timm"], {"epochs": 4}, 25),
     "with_torchvision": (["torchvision"], {"epochs": 3}, 25),
     "with_lightning": (["lightning"], {"epochs": 4, "enable_progress_bar": False}, 50),
