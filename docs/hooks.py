@@ -1,7 +1,6 @@
 """What mkdocs cannot do by itself: pages from the root's documents, tables from results, equations without a script."""
 
 import html
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -12,26 +11,37 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# Imported here and not later: once a hook is loaded, mkdocs takes its additions to the path back.
 sys.path.insert(0, str(ROOT))
+from benchmarks.records import read_csv  # noqa: E402
+from benchmarks.speed import processes, report  # noqa: E402
+
+# The root's documents have absolute links, which hold on a registry's page, too; here they become the site's own.
+GITHUB = r"\]\(https://(?:github\.com|raw\.githubusercontent\.com)/[\w-]+/rsd-loss/(?:blob/)?main/"
+GITHUB_REFERENCE = GITHUB.replace(r"\]\(", r"\]: ")
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are kept at the root, and all results, to which pages link."""
-    home = (ROOT / "README.md").read_text().partition("\n## What it computes")[0]
-    pages = {"index.md": home}
-    pages |= {f"{name.lower()}.md": (ROOT / f"{name}.md").read_text() for name in ("CONTRIBUTING", "CHANGELOG")}
-    moved = {"docs/": "", "benchmarks/results/": "results/", "README": "index", "CONTRIBUTING": "contributing"}
-    for name, text in pages.items():
-        for old, new in moved.items():
-            text = text.replace(f"]({old}", f"]({new}")
-        files.append(File.generated(config, name, content=text))
+    for name, page in {"README": "index.md", "CONTRIBUTING": "contributing.md", "CHANGELOG": "changelog.md"}.items():
+        files.append(File.generated(config, page, content=site_links((ROOT / f"{name}.md").read_text())))
     for path in sorted(RESULTS.iterdir()):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
 
 
+def site_links(text: str) -> str:
+    """A root document with links to the site's pages."""
+    text = re.sub(GITHUB, "](", re.sub(GITHUB_REFERENCE, "]: ", text))
+    moved = {"docs/": "", "benchmarks/results/": "results/", "README.md": "index.md"}
+    moved |= {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+    for old, new in moved.items():
+        text = re.sub(rf"(\]\(|\]: ){old}", rf"\g<1>{new}", text)
+    return text
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fills in `<!-- table: module.csv -->` and `<!-- diff: example.py -->`, and makes links to results the site's."""
+    """Fills in `<!-- table: results.csv -->` and `<!-- diff: example.py -->`, and makes links to results the site's."""
     markdown = re.sub(r"<!-- table: (\w+)\.csv -->", lambda found: table(found[1]), markdown)
     markdown = re.sub(r"<!-- diff: ([\w/.]+) -->", lambda found: diff(ROOT / "docs" / found[1]), markdown)
     return markdown.replace("](../benchmarks/results/", "](results/")
@@ -39,27 +49,24 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Marks figures in tables; equations to MathML, which browsers draw without a script or a font from elsewhere."""
-    content = re.sub(r"<td(?=[^>]*>[-+]?[\d.])", "<td data-figure", content)
-    content = re.sub(
-        r'<div class="arithmatex">\\\[(.*?)\\\]</div>', lambda m: mathml(m[1], "block"), content, flags=re.S
-    )
-    return re.sub(
-        r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: mathml(m[1], "inline"), content, flags=re.S
-    )
+    content = re.sub(r"<td(?=[^>]*>[-+]?\d[^<]{0,20}</td>)", "<td data-figure", content)
+    content = re.sub(r"<thead>\s*<tr>\s*(?:<th[^>]*></th>\s*)+</tr>\s*</thead>", "", content)  # nothing but empty cells
+    for wrap, display in ((r'<div class="arithmatex">\\\[(.*?)\\\]</div>', "block"), (INLINE, "inline")):
+        content = re.sub(
+            wrap, lambda m, d=display: convert(html.unescape(m[1]).strip(), display=d), content, flags=re.S
+        )
+    return content
 
 
-def mathml(equation: str, display: str) -> str:
-    return convert(html.unescape(equation).strip(), display=display)
+INLINE = r'<span class="arithmatex">\\\((.*?)\\\)</span>'
 
 
 def table(name: str) -> str:
     """A results file as the benchmark that wrote it shows it."""
     path = RESULTS / f"{name}.csv"
-    report, distributed = (importlib.import_module(f"benchmarks.{module}") for module in ("report", "distributed"))
-    if name.startswith("throughput"):
-        return report.markdown(report.read_csv(path))
-    if name.startswith("distributed"):
-        return distributed.markdown(report.read_csv(path, distributed.Row))
+    for start, module in (("throughput", report), ("distributed", processes)):
+        if name.startswith(start):
+            return module.markdown(read_csv(path, module.Row))
     lines = [line.split(",") for line in path.read_text().splitlines()]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
 
@@ -74,8 +81,10 @@ def diff(path: Path) -> str:
         context = line.strip() not in ("", '"""') and not line.lstrip().startswith("#")
         if not (marked[number] or (context and any(marked[max(0, number - 1) : number + 2]))):
             continue
-        if last is not None and number > last + 1:
+        if last is not None and any(line.strip() for line in lines[last + 1 : number]):
             shown.append("  ...")
+        elif last is not None and number > last + 1:
+            shown.append("")
         last = number
         shown.append(f"+ {line.removesuffix('# rsd').rstrip()}" if marked[number] else f"  {line}")
     whole = "\n".join(f"    {line}".rstrip() for line in ["```python", *lines, "```"])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from digits import ConvTeacher, Split, ViTStudent, accuracy, all_shifts, load_splits, train_teacher
 from torch.utils.data import DataLoader, TensorDataset
 
-from rsd_loss import DecouplingProjector, rsd_loss  # rsd
+from rsd_loss import DecouplingProjector, RSDLoss  # rsd
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # float16 loses small gradients unless the loss is scaled; bfloat16 has the exponents of float32 and needs no scaling.
@@ -25,11 +25,14 @@ def distil(teacher: ConvTeacher, train: Split, epochs: int, checkpoint: Path) ->
     # A batch of one row has no statistics: drop_last.
     loader = DataLoader(TensorDataset(*train), batch_size=64, shuffle=True, drop_last=True)
     student = ViTStudent().to(DEVICE)
-    projector = DecouplingProjector(ViTStudent.width, ConvTeacher.width).to(DEVICE)  # rsd
-    optimizer = torch.optim.AdamW([*student.parameters(), *projector.parameters()], lr=3e-3)  # rsd
+    projector = DecouplingProjector(student.width, teacher.width)  # rsd
+    projector.to(DEVICE)  # rsd
+    trained = torch.nn.ModuleList([student, projector])  # rsd
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)  # rsd
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=DEVICE.type == "cuda")
     parts = {"student": student, "optimizer": optimizer, "scaler": scaler}
     parts["projector"] = projector  # rsd
+    criterion = RSDLoss(kappa=0.0)  # rsd
 
     start = 0
     if checkpoint.exists():
@@ -46,10 +49,10 @@ def distil(teacher: ConvTeacher, train: Split, epochs: int, checkpoint: Path) ->
             with torch.autocast(DEVICE.type, DTYPE):
                 embedding, logits = student(images)  # rsd
                 with torch.no_grad():  # rsd
-                    teacher_embedding, _ = teacher(images)  # rsd
+                    target, _ = teacher(images)  # rsd
                 # Under autocast, too, statistics, sums and the loss are float32.
                 loss = F.cross_entropy(logits, labels)
-                loss = loss + 0.1 * rsd_loss(projector(embedding), teacher_embedding)  # rsd
+                loss = loss + 0.1 * criterion(projector(embedding), target)  # rsd
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -64,7 +67,7 @@ def main(epochs: int = 10) -> float:
     train, _, test = load_splits()
     torch.manual_seed(0)
     teacher = ConvTeacher()
-    train_teacher(teacher, all_shifts(train.images), train.labels, epochs=5)
+    train_teacher(teacher, all_shifts(train.images), train.labels, epochs=20)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "last.pt"
         distil(teacher, train, epochs // 2, checkpoint)  # stopped here

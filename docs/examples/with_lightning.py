@@ -25,8 +25,8 @@ class Distiller(lightning.LightningModule):
         super().__init__()
         self.student = ViTStudent()
         self.teacher = teacher.eval().requires_grad_(False)
-        self.projector = DecouplingProjector(ViTStudent.width, ConvTeacher.width)  # rsd
-        self.rsd = RSDLoss(gather_distributed=True)  # rsd
+        self.projector = DecouplingProjector(ViTStudent.width, teacher.width)  # rsd
+        self.rsd = RSDLoss(kappa=0.0, gather_distributed=True)  # rsd
 
     def train(self, mode: bool = True) -> "Distiller":
         """Lightning since 2.2 leaves the modes as they are when it starts to fit; this holds for every call."""
@@ -38,10 +38,11 @@ class Distiller(lightning.LightningModule):
         images, labels = batch
         embedding, logits = self.student(images)  # rsd
         with torch.no_grad():  # rsd
-            teacher_embedding, _ = self.teacher(images)  # rsd
+            target, _ = self.teacher(images)  # rsd
         loss = F.cross_entropy(logits, labels)
-        rsd = self.rsd(self.projector(embedding), teacher_embedding)  # rsd
-        self.log("rsd", rsd.detach())  # the same on all devices: sync_dist is not needed
+        rsd = self.rsd(self.projector(embedding), target)  # rsd
+        # The same on all devices: sync_dist is not needed.
+        self.log("rsd", rsd.detach())
         return loss + 0.1 * rsd  # rsd
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -62,7 +63,7 @@ def main(devices: int = 1, epochs: int = 8, **options: Any) -> tuple[lightning.T
     train, _, test = load_splits()
     lightning.seed_everything(0, verbose=False)
     teacher = ConvTeacher()
-    train_teacher(teacher, all_shifts(train.images), train.labels, epochs=5)
+    train_teacher(teacher, all_shifts(train.images), train.labels, epochs=20)
     module = Distiller(teacher)
     # A batch of one row has no statistics: drop_last. With several devices Lightning gives each its own part.
     loader = DataLoader(TensorDataset(*train), batch_size=64 // devices, shuffle=True, drop_last=True)

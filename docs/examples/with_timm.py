@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, TensorDataset
 
-from rsd_loss import DecouplingProjector, rsd_loss  # rsd
+from rsd_loss import DecouplingProjector, RSDLoss  # rsd
 
 TEACHER = "test_efficientnet"  # small, and its normalisation is not the ViT's
 STUDENT = {"model_name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2}
@@ -26,10 +26,14 @@ STUDENT |= {"num_heads": 4, "class_token": False, "global_pool": "avg", "weight_
 # s and t are the student's projected and the teacher's embedding. timm's loop needs the loss, and the output for its
 # metrics. Of the constructor's weights this takes distill_loss_weight; that of the classification is 1.
 class RSDTask(FeatureDistillationTask):  # rsd
+    rsd = RSDLoss(kappa=0.0)  # rsd
+
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # rsd
         out, s = self.trainable_module(input)  # rsd
-        t = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std), True)  # rsd
-        return {"loss": self.criterion(out, target) + self.distill_loss_weight * rsd_loss(s, t), "output": out}  # rsd
+        mean, std = self.student_mean, self.student_std  # rsd
+        t = self.teacher(self.teacher.normalize_input(input, mean, std), True)  # rsd
+        rsd = self.distill_loss_weight * self.rsd(s, t)  # rsd
+        return {"loss": self.criterion(out, target) + rsd, "output": out}  # rsd
 
 
 def loader(split: Split, model: nn.Module) -> DataLoader:
@@ -43,9 +47,12 @@ def loader(split: Split, model: nn.Module) -> DataLoader:
 def new_task(student: nn.Module, teacher: nn.Module) -> FeatureDistillationTask:
     # timm itself freezes the teacher in prepare_distributed only. Frozen, it builds no graph.
     teacher.requires_grad_(False)
-    task = RSDTask(student, teacher, criterion=nn.CrossEntropyLoss(), distill_loss_weight=0.1)  # rsd
-    task.trainable_module.projection = DecouplingProjector(student.head_hidden_size, teacher.head_hidden_size)  # rsd
-    return task  # then task.to(device), task.compile() and task.prepare_distributed(), in this order
+    criterion = nn.CrossEntropyLoss()
+    task = RSDTask(student, teacher, criterion, distill_loss_weight=0.1)  # rsd
+    widths = student.head_hidden_size, teacher.head_hidden_size  # rsd
+    task.trainable_module.projection = DecouplingProjector(*widths)  # rsd
+    # Then task.to(device), task.compile() and task.prepare_distributed(), in this order.
+    return task
 
 
 def fit(model: nn.Module, batches: DataLoader, epochs: int) -> None:
@@ -58,13 +65,21 @@ def fit(model: nn.Module, batches: DataLoader, epochs: int) -> None:
             optimizer.step()
 
 
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: DataLoader) -> float:
+    """In percent."""
+    model.eval()
+    correct = torch.cat([model(images).argmax(1) == labels for images, labels in batches])
+    return 100 * correct.float().mean().item()
+
+
 def main(epochs: int = 12) -> tuple[FeatureDistillationTask, float]:
     """Returns the task after training, and the student's test accuracy in percent."""
     train, _, test = load_splits()
     torch.manual_seed(0)
     teacher = timm.create_model(TEACHER, num_classes=10)
     student = timm.create_model(**STUDENT, num_classes=10)
-    fit(teacher, loader(train, teacher), epochs=2)
+    fit(teacher, loader(train, teacher), epochs // 2)
     task = new_task(student, teacher)
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=3e-3, weight_decay=0.05)
     task.setup_ema(decay=0.9)
@@ -77,12 +92,9 @@ def main(epochs: int = 12) -> tuple[FeatureDistillationTask, float]:
             result["loss"].backward()
             optimizer.step()
             task.update_ema()
-    with torch.no_grad():
-        model = task.get_eval_model().eval()
-        correct = torch.cat([model(images).argmax(1) == labels for images, labels in loader(test, student)])
-    accuracy = 100 * correct.float().mean().item()
-    print(f"test accuracy: {accuracy:.1f} %")
-    return task, accuracy
+    result = accuracy(task.get_eval_model(), loader(test, student))
+    print(f"test accuracy: teacher {accuracy(teacher, loader(test, teacher)):.1f} %, student {result:.1f} %")
+    return task, result
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ criterion:
           kwargs: {input: {is_from_teacher: False, module_path: student_model.head, io: output}}
         weight: 1.0
       embedding:
-        criterion: {key: RSDLoss, kwargs: {kappa: 0.01}}  # rsd
+        criterion: {key: RSDLoss, kwargs: {kappa: 0.0}}  # rsd
         criterion_wrapper:
           key: SimpleLossWrapper
           kwargs:
@@ -72,6 +72,7 @@ class WithProjector(AuxiliaryModelWrapper):
     ) -> None:
         super().__init__()
         where = {name: options[name] for name in ("device", "device_ids", "distributed")}
+        # Wrapped as the student is.
         projector = DecouplingProjector(student_width, teacher_width)  # rsd
         self.student_model = wrap_if_distributed(student_model, **where)
         self.projector = wrap_if_distributed(projector, **where)
@@ -98,7 +99,7 @@ def main() -> tuple[DistillationBox, float]:
     train, _, test = load_splits()
     torch.manual_seed(0)
     teacher, student = ConvTeacher(), ViTStudent()
-    train_teacher(teacher, all_shifts(train.images), train.labels, epochs=5)
+    train_teacher(teacher, all_shifts(train.images), train.labels, epochs=20)
     box = new_box(student, teacher, TensorDataset(*train))
     for epoch in range(box.num_epochs):
         box.pre_epoch_process(epoch=epoch)

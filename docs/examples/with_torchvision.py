@@ -17,7 +17,7 @@ from torchvision.models import VisionTransformer
 from torchvision.models.feature_extraction import create_feature_extractor  # rsd
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from rsd_loss import DecouplingProjector, rsd_loss  # rsd
+from rsd_loss import DecouplingProjector, RSDLoss  # rsd
 
 
 def loader(split: Split) -> DataLoader:
@@ -42,20 +42,32 @@ def distil(student: nn.Module, teacher: nn.Module, batches: DataLoader, epochs: 
     # An extractor takes over the mode of its model. The student's embedding is its class token after the last norm,
     # which its head reads; the teacher's is the pooled map.
     projector = DecouplingProjector(student.hidden_dim, teacher.fc.in_features)  # rsd
-    extractor = create_feature_extractor(student, {"encoder.ln": "tokens", "heads": "logits"})  # rsd
+    nodes = {"encoder.ln": "tokens", "heads": "logits"}  # rsd
+    extractor = create_feature_extractor(student, nodes)  # rsd
     teacher = create_feature_extractor(teacher, {"flatten": "embedding"})  # rsd
-    optimizer = torch.optim.AdamW([*student.parameters(), *projector.parameters()], lr=3e-3)  # rsd
+    trained = nn.ModuleList([student, projector])  # rsd
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)  # rsd
+    criterion = RSDLoss(kappa=0.0)  # rsd
     for _ in range(epochs):
         for images, labels in batches:
             with torch.no_grad():
                 target = teacher(images)
             tokens, logits = extractor(images).values()  # rsd
             loss = F.cross_entropy(logits, labels)
-            loss = loss + 0.1 * rsd_loss(projector(tokens[:, 0]), target["embedding"])  # rsd
+            projected = projector(tokens[:, 0])  # rsd
+            loss = loss + 0.1 * criterion(projected, target["embedding"])  # rsd
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     return projector
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: DataLoader) -> float:
+    """In percent."""
+    model.eval()
+    correct = torch.cat([model(images).argmax(1) == labels for images, labels in batches])
+    return 100 * correct.float().mean().item()
 
 
 def main(epochs: int = 8) -> tuple[nn.Module, nn.Module, float]:
@@ -66,14 +78,12 @@ def main(epochs: int = 8) -> tuple[nn.Module, nn.Module, float]:
     student = VisionTransformer(
         image_size=16, patch_size=4, num_layers=2, num_heads=4, hidden_dim=48, mlp_dim=96, num_classes=10
     )
-    fit(teacher, loader(train), epochs=1)
+    fit(teacher, loader(train), epochs)
     distil(student, teacher, loader(train), epochs)
     # The student is an ordinary torchvision model all along: nothing to unwrap, and its state dict is its own.
-    with torch.no_grad():
-        correct = torch.cat([student.eval()(images).argmax(1) == labels for images, labels in loader(test)])
-    accuracy = 100 * correct.float().mean().item()
-    print(f"test accuracy: {accuracy:.1f} %")
-    return student, teacher, accuracy
+    result = accuracy(student, loader(test))
+    print(f"test accuracy: teacher {accuracy(teacher, loader(test)):.1f} %, student {result:.1f} %")
+    return student, teacher, result
 
 
 if __name__ == "__main__":
