@@ -39,7 +39,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from torch.utils.benchmark import Measurement
 
-from benchmarks import distributed, measure, report, rivals
+from benchmarks.speed import processes as distributed, measure, report, contestants as rivals
 from benchmarks.report import Row
 
 SHAPES = (
