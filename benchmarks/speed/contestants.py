@@ -80,7 +80,7 @@ def build(name: str, device: torch.device, compiled: bool) -> Loss:
             try:
                 loss(*torch.ones(2, 2, 1, device=device))
             except RuntimeError as error:
-                raise MissingError(str(error)) from error
+                raise MissingError(str(error).partition(" (")[0]) from error
 
     # The size of naive's masked selection depends on values, which breaks its graph in two.
     return torch.compile(loss, dynamic=False, fullgraph=name != "naive") if compiled else loss

@@ -1,19 +1,12 @@
-"""What becomes of the measurements: CSV, plots, and the README's table; argparse's types of where they go."""
+"""What becomes of the measurements: a table for the terminal, one for the pages, and a plot."""
 
-import argparse
-import csv
-import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from itertools import product
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
-import torch
+from rich.table import Table
 
-from benchmarks.rivals import RIVALS
+from benchmarks.speed.contestants import OURS
 
 
 @dataclass
@@ -51,155 +44,91 @@ class Row:
         return f"{self.contestant} + compile" if self.compiled else self.contestant
 
 
-def refuse(sentence: str) -> NoReturn:
-    """Answers a mistake that shows only when the work has begun, with argparse's exit code."""
-    print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} given, a whole number of at least 1 expected, such as 2")
-    return int(text)
-
-
-def output(text: str, inside: str = "") -> Path:
-    """A file, or a folder for the file `inside`, that can be written when the work is done; leaves nothing behind."""
-    path = Path(text, inside)
-    try:
-        if path.exists():
-            path.open("a").close()
-        else:  # the folders that are missing are made in the first that is there
-            tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())).close()
-    except OSError as error:
-        where = "a folder" if inside else "a file in a folder"
-        message = f"{text!r} cannot be written ({error.strerror}): give {where} that you may write to"
-        raise argparse.ArgumentTypeError(message) from error
-    return Path(text)
-
-
-def measured(text: str) -> list[Row]:
-    """The rows of a file that `--csv` wrote."""
-    try:
-        rows = read_csv(Path(text))
-    except (OSError, KeyError, ValueError, csv.Error):
-        rows = []
-    if not any(row.mode == "value_and_grad" for row in rows):
-        expected = "give a file that --csv wrote without --nproc, with the mode value_and_grad"
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be read or has no such measurements: {expected}")
-    return rows
-
-
-def write_csv(rows: list[Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
-        writer.writeheader()
-        for row in rows:
-            values = asdict(row).items()
-            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values})
-
-
-def read_csv(path: Path, row: type[Any] = Row) -> list[Any]:
-    def parse(kind: object, text: str) -> object:
-        if kind is str:
-            return text
-        if kind is bool:
-            return text == "True"
-        return (int if kind in (int, int | None) else float)(text) if text else None
-
-    with path.open(newline="") as file:
-        return [row(**{f.name: parse(f.type, line[f.name]) for f in fields(row)}) for line in csv.DictReader(file)]
-
-
 def short(value: float | None, unit: str = "") -> str:
     return f"{float(f'{value:.3g}'):g}{unit}" if value else "-"
 
 
-def _best(rows: Iterable[Row], compiled: bool, names: Iterable[str]) -> Row | None:
-    timed = [row for row in rows if row.median_ms and row.compiled == compiled and row.contestant in names]
-    return min(timed, key=lambda row: row.median_ms or 0, default=None)
+def best(rows: Iterable[Row], compiled: bool, names: Iterable[str] | None = None) -> Row | None:
+    """The fastest of these contestants, or of all but this package's fast ones."""
+    timed = [row for row in rows if row.median_ms and row.compiled == compiled]
+    wanted = [row for row in timed if (row.contestant in names if names else row.contestant not in OURS)]
+    return min(wanted, key=lambda row: row.median_ms or 0, default=None)
 
 
-def markdown(rows: list[Row]) -> str:
-    """The README's table, of the value with the student's gradient, and a line that says where it comes from."""
+def ratio(slow: Row | None, fast: Row | None) -> str:
+    return short(slow.median_ms / fast.median_ms, "x") if slow and fast and slow.median_ms and fast.median_ms else "-"
+
+
+def table(rows: list[Row]) -> Table:
+    """Every shape and contestant, in 80 columns."""
+    result = Table(show_edge=False, title_justify="left")
+    for heading in ("rows x features", "implementation"):
+        result.add_column(heading, no_wrap=True)
+    for heading in ("ms", "over naive", "x limit", "peak MB"):
+        result.add_column(heading, justify="right", overflow="fold")
+    for shape, mode in dict.fromkeys((row.shape, row.mode) for row in rows):
+        case = [row for row in rows if (row.shape, row.mode) == (shape, mode) and not row.status.startswith("missing")]
+        naive = best(case, False, ["naive"])
+        name = f"{shape[0]} x {shape[1]}{', value' * (mode == 'value')}"
+        for row in case:
+            cells = [row.status]
+            if row.median_ms:
+                limit, peak = row.median_ms / row.limit_ms, (row.peak_bytes or 0) / 1e6
+                cells = [f"{row.median_ms:.3f}", ratio(naive, row), f"{limit:.1f}", f"{peak:.1f}"]
+            result.add_row(name, row.label, *cells, end_section=row is case[-1])
+            name = ""
+    return result
+
+
+def source(row: Row) -> str:
+    """Where a row comes from."""
+    return f"{row.device}; torch {row.torch}; {row.date}; commit {row.commit}; `{row.command}`"
+
+
+def markdown(rows: list[Row], shapes: Iterable[tuple[int, int]] | None = None) -> str:
+    """The page's table, of the value with the student's gradient, and a line that says where it comes from."""
     rows = [row for row in rows if row.mode == "value_and_grad"]
     lines = [
-        "| rows x features | naive, ms | best rival, ms | fused, ms | naive / fused | best rival / fused "
-        "| compiled: best rival / fused | peak MB, naive / fused |",
-        "|---|---|---|---|---|---|---|---|",
+        "| rows x features | fused, ms | over naive | over next best | compiled, over next best "
+        "| peak MB, fused / naive |",
+        "|---" * 6 + "|",
     ]
-
-    def ratio(slow: Row | None, fast: Row | None) -> str:
-        return short(slow.median_ms / fast.median_ms, "x") if slow and fast else "-"
-
-    def with_name(text: str, row: Row | None) -> str:
-        return f"{text} ({row.contestant})" if row else text
-
-    for shape in dict.fromkeys(row.shape for row in rows):
-        case = [row for row in rows if row.shape == shape]
-        naive, rival, fused = (_best(case, False, names) for names in (["naive"], RIVALS, ["fused"]))
-        compiled_rival, compiled_fused = (_best(case, True, names) for names in (RIVALS, ["fused"]))
+    for shape in dict.fromkeys(row.shape for row in rows) if shapes is None else shapes:
+        case = [row for row in rows if row.shape == tuple(shape)]
+        naive, fused, following = (best(case, False, names) for names in (["naive"], ["fused"], None))
         cells = (
             f"{shape[0]} x {shape[1]}",
-            short(naive and naive.median_ms),
-            with_name(short(rival and rival.median_ms), rival),
             short(fused and fused.median_ms),
             ratio(naive, fused),
-            ratio(rival, fused),
-            with_name(ratio(compiled_rival, compiled_fused), compiled_rival),
-            " / ".join(short(row and (row.peak_bytes or 0) / 1e6) for row in (naive, fused)),
+            f"{ratio(following, fused)}{f' ({following.contestant})' * bool(following)}" if following else "-",
+            ratio(best(case, True), best(case, True, ["fused"])),
+            " / ".join(short(row and (row.peak_bytes or 0) / 1e6) for row in (fused, naive)),
         )
         lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]
     dtype = f"{first.dtype} under autocast to {first.autocast}" if first.autocast else first.dtype
-    lines += [
-        "",
-        f"Value and the student's gradient, {dtype}, medians. "
-        "lightly: its BarlowTwinsLoss, a different loss of similar cost.",
-        f"{first.device}; torch {first.torch}; {first.date}; commit {first.commit}; `{first.command}`",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"Value and the student's gradient, {dtype}, medians. {source(first)}"])
 
 
 _COLOURS = {"naive": "C7", "reference": "C0", "lightly": "C2", "fused": "C3", "triton": "C4"}
 
 
-def plot(rows: list[Row], folder: Path) -> None:
-    """Writes speedup.png and width.png into the folder; both show the value with the student's gradient."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in rows if row.mode == "value_and_grad" and row.median_ms]
-    if not any(row.label == "naive" for row in rows):
-        raise SystemExit("nothing to plot: it takes naive's value_and_grad to compare with")
-    _plot_speedup(rows, folder / "speedup.png")
-    _plot_width(rows, folder / "width.png")
-
-
-def _styled(rows: list[Row]) -> Iterator[tuple[list[Row], dict[str, Any]]]:
-    """The rows of each contestant, eager ones first, with the keywords to draw them."""
-    for compiled, name in product((False, True), _COLOURS):
-        group = [row for row in rows if row.compiled == compiled and row.contestant == name]
-        shape = {"marker": "D", "markerfacecolor": "white", "linestyle": "--"} if compiled else {"marker": "o"}
-        if group:
-            yield group, {"label": group[0].label, "color": _COLOURS[name], **shape}
-
-
-def _plot_speedup(rows: list[Row], path: Path) -> None:
-    """Against the eager naive loss, shape by shape; contestants that run compiled stand below."""
+def plot(rows: list[Row], path: Path) -> None:
+    """The value with the student's gradient against the eager naive loss, shape by shape."""
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if row.mode == "value_and_grad" and row.median_ms]
     naive = {row.shape: row.median_ms for row in rows if row.label == "naive"}
     place = {shape: i for i, shape in enumerate(naive)}
-    rows = [row for row in rows if row.shape in naive]
     figure, axes = plt.subplots(figsize=(5, 0.45 * len(naive) + 1.8), layout="constrained")
-    for group, style in _styled(rows):
-        shift = 0.15 if group[0].compiled else -0.15
-        y = [place[row.shape] + shift for row in group]
-        axes.plot([naive[row.shape] / row.median_ms for row in group], y, **{**style, "linestyle": ""})
-    limits = {place[row.shape]: naive[row.shape] / row.limit_ms for row in rows}
+    for label in dict.fromkeys(row.label for row in rows):
+        group = [row for row in rows if row.label == label and row.shape in naive]
+        marker, colour = ("D" if group[0].compiled else "o"), _COLOURS[group[0].contestant]
+        y = [place[row.shape] + (0.15 if row.compiled else -0.15) for row in group]
+        face = "white" if group[0].compiled else colour
+        speedups = [naive[row.shape] / row.median_ms for row in group]
+        axes.plot(speedups, y, marker, color=colour, markerfacecolor=face, label=label)
+    limits = {place[row.shape]: naive[row.shape] / row.limit_ms for row in rows if row.shape in naive}
     top, bottom = [i - 0.35 for i in limits], [i + 0.35 for i in limits]
     axes.vlines(list(limits.values()), top, bottom, color="black", label="limit of the machine")
     axes.set(xscale="log", xlabel="speed-up over naive (eager)")
@@ -208,30 +137,6 @@ def _plot_speedup(rows: list[Row], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     axes.set_title(f"Value and gradient, {rows[0].dtype}\n{rows[0].device}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def _plot_width(rows: list[Row], path: Path) -> None:
-    """Time and memory against D, at the batch size measured at the most widths."""
-    import matplotlib.pyplot as plt
-
-    batch = Counter(rows for rows, _ in {row.shape for row in rows}).most_common(1)[0][0]
-    rows = sorted((row for row in rows if row.rows == batch), key=lambda row: row.features)
-    widths = sorted({row.features for row in rows})
-    figure, (time, memory) = plt.subplots(2, 1, figsize=(5, 8.5), layout="constrained")
-    for group, style in _styled(rows):
-        x = [row.features for row in group]
-        time.plot(x, [row.median_ms for row in group], **style)
-        memory.plot(x, [(row.peak_bytes or 0) / 1e6 for row in group], **style)
-    limits = {row.features: row.limit_ms for row in rows}
-    time.plot(widths, [limits[width] for width in widths], "k:", label="limit")
-    gradient = [batch * width * getattr(torch, rows[0].dtype).itemsize / 1e6 for width in widths]
-    memory.plot(widths, gradient, "k:", label="limit (time), the gradient alone (memory)")
-    for axes, title in ((time, "median time, ms"), (memory, "peak memory beyond the inputs, MB")):
-        axes.set(xscale="log", yscale="log", xlabel="features D", title=title)
-        axes.set_xticks(widths, [str(width) for width in widths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
-    figure.suptitle(f"Value and gradient at batch {batch}, {rows[0].dtype}\n{rows[0].device}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    plt.close(figure)
