@@ -1,109 +1,122 @@
-"""Trainable parameters that RSD and OFA add to a student: `python -m benchmarks.overhead`.
+"""What the term adds to a training step of a timm model: `python -m benchmarks.speed.overhead`.
 
-For the teachers and students of the two papers, with ImageNet's classes and with CIFAR-100's; built by timm on the
-meta device, so that nothing is downloaded or computed. Both methods throw them away after training. The file has the
-operations of both networks too, forward and of one image, two for each multiplication and addition.
+A step is the student's forward and backward pass and AdamW's update on random images; with the term it has the projector
+and the loss on the student's embeddings too. The teacher's forward pass is in neither, so a real step's share is smaller.
 """
 
 import argparse
-import csv
-import shlex
-import sys
 from collections.abc import Sequence
-from datetime import date
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import paper, report
-from benchmarks.methods import METHODS, Outputs, Setup
-from benchmarks.throughput import commit
+from benchmarks import records
+from benchmarks.speed import measure
+from rsd_loss import DecouplingProjector, RSDLoss
 
 
-@cache
-def build(name: str, classes: int) -> tuple[nn.Module, Outputs, int]:
-    """The network, the shapes of what it makes of two images, and its operations for one, on the meta device."""
-    network = paper.TASKS[classes].networks[name]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = network.build(classes)
-        outputs = paper.outputs(model, network, torch.empty(2, 3, paper.SIDE, paper.SIDE))
-    return model, outputs, counter.get_total_flops() // 2
+@dataclass
+class Row:
+    """One student with a teacher of one width: a line of the CSV."""
+
+    student: str
+    batch: int
+    side: int
+    teacher_features: int
+    implementation: str
+    autocast: str
+    parameters: int = 0
+    added_parameters: int = 0  # by the projector, in training only
+    without_ms: float | None = None
+    with_ms: float | None = None
+    status: str = "ok"
+    device: str = ""
+    torch: str = ""
+    date: str = ""
+    commit: str = ""
+    command: str = ""
 
 
-def parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def run(row: Row, device: torch.device, seconds: float) -> Row:
+    """Fills in the row; steps with and without the term take turns."""
+    torch.manual_seed(0)
+    student = timm.create_model(row.student, num_classes=100, img_size=row.side).to(device).train()
+    projector = DecouplingProjector(student.num_features, row.teacher_features, device=device)
+    criterion = RSDLoss(kappa=0.0, implementation=row.implementation)  # type: ignore[arg-type]
+    row.parameters, row.added_parameters = (sum(p.numel() for p in m.parameters()) for m in (student, projector))
+    optimizer = torch.optim.AdamW([*student.parameters(), *projector.parameters()])
+    images, labels = torch.randn(row.batch, 3, row.side, row.side), torch.randint(100, (row.batch,))
+    images, labels = images.to(device), labels.to(device)
+    teacher = torch.randn(row.batch, row.teacher_features, device=device)
+
+    def step(term: bool) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, getattr(torch, row.autocast or "bfloat16"), enabled=bool(row.autocast)):
+            embeddings = student.forward_head(student.forward_features(images), pre_logits=True)
+            loss = F.cross_entropy(student.get_classifier()(embeddings), labels)
+            if term:
+                loss = loss + 0.1 * criterion(projector(embeddings), teacher)
+        loss.backward()
+        optimizer.step()
+
+    times: dict[bool, list[float]] = {False: [], True: []}
+    with measure.noted(row):
+        step(True)
+        for _ in range(3):
+            for term, found in times.items():
+                timer = measure.timer(lambda term=term: step(term), device)
+                found += timer.blocked_autorange(min_run_time=seconds / 6).times
+        row.without_ms, row.with_ms = (1e3 * median(found) for found in times.values())
+    return row
 
 
-def rows() -> list[dict[str, str | int | float]]:
-    result = []
-    for classes, pair, above, name in ((n, *cell) for n in (1000, 100) for cell in paper.cells(n)):
-        keys = paper.TASKS[classes].pairs[pair]
-        (_, teacher, teacher_operations), (model, student, student_operations) = (build(key, classes) for key in keys)
-        row: dict[str, str | int | float] = {"classes": classes, "teacher": above, "student": name}
-        row["student_parameters"] = parameters(model)
-        for method in ("rsd", "ofa"):
-            added = nn.ModuleList()
-            with torch.device("meta"):
-                METHODS[method].build(Setup(student, teacher, nn.Identity(), nn.Identity(), 0.01, "sum"), added)
-            row[f"{method}_added"] = parameters(added)
-            row[f"{method}_percent"] = round(100 * parameters(added) / parameters(model), 1)
-        row |= {"teacher_operations": teacher_operations, "student_operations": student_operations}
-        result.append(row)
+def share(row: Row) -> str:
+    """The term's part of the whole step, in words; below the noise it is none."""
+    if row.without_ms is None or row.with_ms is None:
+        return row.status
+    return f"{max(0.0, 100 * (1 - row.without_ms / row.with_ms)):.1f} %"
+
+
+def table(rows: list[Row]) -> Table:
+    result = Table("student", "teacher's width", "implementation", show_edge=False)
+    for heading in ("ms without", "ms with", "share of a step"):
+        result.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        times = ("-" if ms is None else f"{ms:.2f}" for ms in (row.without_ms, row.with_ms))
+        result.add_row(row.student, str(row.teacher_features), row.implementation, *times, share(row))
     return result
-
-
-def table(found: list[dict[str, str | int | float]]) -> Table:
-    title = "trainable parameters, millions (% of the student's)"
-    # Without its edge, 80 columns hold it.
-    result = Table("classes", "teacher", "student", title=title, title_justify="left", show_edge=False)
-    for heading in ("size", "RSD adds", "OFA adds"):
-        result.add_column(heading, justify="right")
-    for row in found:
-        added = (f"{row[f'{name}_added'] / 1e6:.2f} ({row[f'{name}_percent']} %)" for name in ("rsd", "ofa"))
-        size = f"{row['student_parameters'] / 1e6:.2f}"
-        result.add_row(str(row["classes"]), str(row["teacher"]), str(row["student"]), size, *added)
-    return result
-
-
-def markdown(path: Path) -> str:
-    """The table of a file, in millions, and where it comes from."""
-    with path.open(newline="") as file:
-        found = list(csv.DictReader(file))
-    lines = ["| classes | teacher | student | its parameters | RSD adds | OFA adds |", "|---" * 6 + "|"]
-    for row in found:
-        millions = {name: f"{int(row[name]) / 1e6:.2f}" for name in ("student_parameters", "rsd_added", "ofa_added")}
-        added = (f"{millions[f'{name}_added']} ({row[f'{name}_percent']} %)" for name in ("rsd", "ofa"))
-        cells = (row["classes"], row["teacher"], row["student"], millions["student_parameters"], *added)
-        lines.append(f"| {' | '.join(cells)} |")
-    first = found[0]
-    lines += ["", f"timm {first['timm']}; {first['date']}; commit {first['commit']}; `{first['command']}`"]
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overhead",
-        description=f"{__doc__.partition(': `')[0]}. Prints a table of the pairs of the two papers, in a quarter of a "
-        "minute; the networks are built by timm without weights, and nothing is downloaded or trained.",
+        prog="python -m benchmarks.speed.overhead",
+        description="The term's share of a training step of a ViT on random images. Takes about a minute on a CPU.",
     )
-    parser.add_argument("--csv", type=report.output, metavar="PATH", help="also write the table there")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--student", default="vit_tiny_patch16_224", help="a ViT of timm (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--csv", type=records.output, metavar="PATH", help="write the measurements there")
     args = parser.parse_args(argv)
-    found = rows()
-    Console().print(table(found))
+    if args.student not in timm.list_models("*vit*"):
+        parser.error(f"argument --student: timm has no ViT {args.student!r}: see timm.list_models('*vit*')")
+    if args.batch < 2:
+        parser.error("argument --batch: the loss needs at least 2 samples")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch finds no CUDA device here: leave it out for the CPU")
+    device = torch.device(args.device)
+    origin: dict[str, Any] = records.origin("benchmarks.speed.overhead", argv, device, torch.get_num_threads())
+    autocast = "bfloat16" if args.device == "cuda" else ""
+    rows = [Row(args.student, args.batch, 224, width, "auto", autocast, **origin) for width in (768, 2048)]
+    rows = [run(row, device, 12.0) for row in rows]
+    Console().print(table(rows))
     if args.csv:
-        command = shlex.join(["python", "-m", "benchmarks.overhead", *(sys.argv[1:] if argv is None else argv)])
-        origin = {"timm": timm.__version__, "date": date.today().isoformat(), "commit": commit(), "command": command}
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*found[0], *origin])
-            writer.writeheader()
-            writer.writerows({**row, **origin} for row in found)
+        records.write_csv(rows, args.csv)
 
 
 if __name__ == "__main__":
