@@ -2,9 +2,7 @@
 
 import argparse
 import csv
-import logging
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -74,8 +72,7 @@ def run_case(rows: list[Row], device: torch.device, seconds: float, advance: Cal
 
 def run(args: argparse.Namespace, console: Console, **columns: Any) -> list[Row]:
     """Measures every case with a bar of progress, and keeps the CSV up to date; `columns` are those of each row."""
-    warnings.filterwarnings("ignore", module="torch")  # naive breaks its graph, which torch tells at length
-    torch._logging.set_logs(all=logging.ERROR)
+    measure.silence_compiler()
     kinds = list(product((False, True) if args.compile else (False,), contestants.NAMES))
     cases = list(product(args.shapes, ("value_and_grad", "value") if args.value else ("value_and_grad",)))
     done: list[Row] = []

@@ -2,9 +2,9 @@
 
 The most valuable comes first: (1) value and gradient against float64, (2) the tests that need a GPU, (3) time and peak
 memory, eager and then compiled, (4) the same in CUDA graphs, (5) kernel launches, (6) the term's share of a training
-step, and with --tune (7) tiles of the Triton kernels. Every result is written as soon as it is there. A step may use its
-share of the budget and what earlier steps left, and leaves out the rest. Last comes a table of who wins where, with the
-decision that it suggests for implementation="auto".
+step, and with --tune (7) tiles of the Triton kernels. Every result is written as soon as it is there. A step may use
+its share of the budget and what earlier steps left, and leaves out the rest. Last comes a table of who wins where, with
+the decision that it suggests for implementation="auto".
 
 Without a GPU, --rehearse runs the same steps shortened on the CPU; with TRITON_INTERPRET=1, Triton's kernels too.
 """
@@ -176,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: {error}")
+    measure.silence_compiler()
     start = time.perf_counter()
     device, seconds = (torch.device("cpu"), 0.01) if args.rehearse else (torch.device("cuda"), 0.2)
     origin = records.origin("benchmarks.speed.gpu_day", argv, device, torch.get_num_threads())

@@ -1,7 +1,9 @@
 """One step, and what is measured of it: time, memory, operations; the machine's own rates, which set the limit."""
 
 import json
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,12 @@ from torch.utils.benchmark import Timer
 from benchmarks.speed import contestants
 
 Step = Callable[[], Any]
+
+
+def silence_compiler() -> None:
+    """Naive breaks its graph, and torch tells about it at length."""
+    warnings.filterwarnings("ignore", module="torch")
+    torch._logging.set_logs(all=logging.ERROR)
 
 
 @contextmanager
