@@ -1,4 +1,4 @@
-"""Measurements behind the README's numbers; see `python -m benchmarks.throughput --help`."""
+"""Measurements behind the pages' figures: `python -m benchmarks` times the loss."""
 
 import os
 

@@ -74,7 +74,7 @@ def read_csv(path: Path, row: type[Any]) -> list[Any]:
 
 
 def output(text: str) -> Path:
-    """argparse's type of a file to write later: it can be written now, and nothing is left behind."""
+    """The argparse type of a file to write later: it can be written now, and nothing is left behind."""
     path = Path(text)
     try:
         if path.exists():

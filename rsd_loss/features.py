@@ -104,7 +104,11 @@ def _pair(name: str, value: Any) -> Any:
 
 
 def _is_grid(grid: Any) -> bool:
-    return isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) or hasattr(n, "__index__") for n in grid)
+    return (
+        isinstance(grid, (tuple, list))
+        and len(grid) == 2
+        and all(isinstance(n, int) or hasattr(n, "__index__") for n in grid)
+    )
 
 
 def _integer(name: str, value: Any) -> int:

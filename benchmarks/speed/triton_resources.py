@@ -1,8 +1,7 @@
-"""What the kernels of rsd_loss._triton ask of a GPU, from the compiler alone: registers, shared memory and spills.
+"""What the Triton kernels ask of a GPU, by the compiler: `python -m benchmarks.speed.triton_resources`.
 
-``python -m benchmarks.triton_resources`` compiles every kernel ahead of time for sm_80 and sm_90 (no GPU needed, and
-TRITON_INTERPRET must be unset), prints the table and writes benchmarks/results/triton_resources.csv. Resources bound
-how many programs share a multiprocessor; they are not timings.
+It compiles every kernel ahead of time for sm_80 and sm_90, without a GPU. Registers and shared memory bound how many
+programs share a multiprocessor; they are not timings.
 """
 
 import argparse
@@ -14,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.report import output
+from benchmarks import records
 from rsd_loss import _triton
 
 ARCHES = (80, 90)
@@ -60,7 +61,7 @@ def compile_kernel(name: str, switches: dict[str, Any], arch: int, dtype: str, l
         elif name_.endswith("_ptr"):
             signature[name_] = "*fp32" if name_ in _FLOAT32 else f"*{DTYPES[dtype]}"
         else:
-            signature[name_] = "fp32" if name_ in ("eps", "kappa") else "i32"
+            signature[name_] = "fp32" if name_ in ("eps", "eps_norm", "kappa") else "i32"
         if signature[name_].startswith("*") or (signature[name_] == "i32" and (aligned or name_ == "chunk")):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
@@ -88,43 +89,39 @@ def resources(compiled: Any) -> dict[str, int]:
 
 def table() -> Iterator[dict[str, Any]]:
     """One row per kernel, layout, architecture and dtype."""
-    for name, switches in KERNELS:
-        for layout in ("aligned", "any"):
-            for arch in ARCHES:
-                for dtype in DTYPES:
-                    compiled = compile_kernel(name, switches, arch, dtype, layout)
-                    yield {
-                        "kernel": name.removeprefix("_") + "".join(f" {k}={v}" for k, v in switches.items()),
-                        "layout": layout,
-                        "arch": f"sm_{arch}",
-                        "dtype": dtype,
-                        "num_warps": compiled.metadata.num_warps,
-                        "block_r": _triton._BLOCK_R,
-                        "block_c": _triton._BLOCK_C,
-                        **resources(compiled),
-                        "triton": triton.__version__,
-                        "date": datetime.date.today().isoformat(),
-                    }
+    for (name, switches), layout, arch, dtype in product(KERNELS, ("aligned", "any"), ARCHES, DTYPES):
+        compiled = compile_kernel(name, switches, arch, dtype, layout)
+        yield {
+            "kernel": name.removeprefix("_") + "".join(f" {k}={v}" for k, v in switches.items()),
+            "layout": layout,
+            "arch": f"sm_{arch}",
+            "dtype": dtype,
+            "num_warps": compiled.metadata.num_warps,
+            "block_r": _triton._BLOCK_R,
+            "block_c": _triton._BLOCK_C,
+            **resources(compiled),
+            "triton": triton.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.triton_resources",
-        description="Registers, shared memory and spills of every Triton kernel, as CSV to the terminal and to a file. "
-        "Compiles for sm_80 and sm_90 without a GPU, in about half a minute, or seconds where Triton has them cached.",
+        prog="python -m benchmarks.speed.triton_resources",
+        description="Registers, shared memory and spills of every Triton kernel, as CSV. Compiles for sm_80 and sm_90 "
+        "without a GPU, in about half a minute, or seconds where Triton has them cached.",
     )
-    path = Path(__file__).parent / "results" / "triton_resources.csv"
-    parser.add_argument("--csv", type=output, default=str(path), metavar="PATH", help="default: %(default)s")
+    parser.add_argument("--csv", type=records.output, metavar="PATH", help="write there and not to the terminal")
     args = parser.parse_args(argv)
     if not isinstance(_triton._moments, triton.JITFunction):
         parser.error("TRITON_INTERPRET replaces the compiler, and this asks the compiler: unset it")
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
     rows = list(table())
-    with args.csv.open("w", newline="") as file:
-        for out in (file, sys.stdout):
-            writer = csv.DictWriter(out, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="") if args.csv else nullcontext(sys.stdout) as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """One step, and what is measured of it: time, memory, operations; the machine's own rates, which set the limit."""
 
 import json
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -15,18 +17,23 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
-from benchmarks import rivals
-from benchmarks.report import Row
+from benchmarks.speed import contestants
 
 Step = Callable[[], Any]
 
 
+def silence_compiler() -> None:
+    """Naive breaks its graph, and torch tells about it at length."""
+    warnings.filterwarnings("ignore", module="torch")
+    torch._logging.set_logs(all=logging.ERROR)
+
+
 @contextmanager
-def noted(*rows: Row) -> Iterator[None]:
-    """Lets the other contestants, or cases, go on where these cannot; their rows say why."""
+def noted(*rows: Any) -> Iterator[None]:
+    """One contestant's error goes to the status of its rows, and the others go on."""
     try:
         yield
-    except rivals.MissingError as error:
+    except contestants.MissingError as error:
         status = f"missing: {error}"
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -38,14 +45,16 @@ def noted(*rows: Row) -> Iterator[None]:
         row.status = status
 
 
-def make_step(row: Row, student: torch.Tensor, teacher: torch.Tensor) -> Step:
-    """What is timed: the contestant's value, or its value and gradient."""
+def embeddings(row: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A student, which requires a gradient, and a teacher."""
+    student, teacher = torch.randn(2, row.rows, row.features, device=device).to(getattr(torch, row.dtype))
+    return student.requires_grad_(), teacher
+
+
+def make_step(row: Any, student: torch.Tensor, teacher: torch.Tensor) -> Step:
+    """What is timed: the contestant's value, or its value and gradient; with "+graph", replayed from a CUDA graph."""
     contestant = row.contestant.removesuffix("+graph")
-    if contestant != row.contestant:
-        if student.device.type != "cuda" or row.compiled:
-            raise rivals.MissingError("CUDA graphs are for eager code on a CUDA device")
-        return captured(make_step(replace(row, contestant=contestant), student, teacher))
-    loss = rivals.build(contestant, student.device, row.compiled)
+    loss = contestants.build(contestant, student.device, row.compiled)
     if row.autocast:
         loss = torch.autocast(student.device.type, getattr(torch, row.autocast))(loss)
 
@@ -57,11 +66,14 @@ def make_step(row: Row, student: torch.Tensor, teacher: torch.Tensor) -> Step:
         with torch.no_grad():
             return loss(student, teacher)
 
-    return value_and_grad if row.mode == "value_and_grad" else value
+    step = value_and_grad if row.mode == "value_and_grad" else value
+    return step if contestant == row.contestant else captured(step, student.device)
 
 
-def captured(step: Step) -> Step:
+def captured(step: Step, device: torch.device) -> Step:
     """Replays what the step launches, after the warm-up on a side stream that capturing asks for."""
+    if device.type != "cuda":
+        raise contestants.MissingError("CUDA graphs need a CUDA device")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -74,13 +86,31 @@ def captured(step: Step) -> Step:
     return graph.replay
 
 
-def timer(step: Step) -> Timer:
+def cuda_clock() -> Callable[[], float]:
+    """Seconds on the device's own clock, by CUDA events."""
+    start = torch.cuda.Event(enable_timing=True)
+    start.record()
+
+    def now() -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        return start.elapsed_time(event) / 1e3
+
+    return now
+
+
+def timer(step: Step, device: torch.device) -> Timer:
     # Timer's own default is a single thread, and torch.compile starts over whenever the number of threads changes.
-    return Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    clock = {"timer": cuda_clock()} if device.type == "cuda" else {}
+    return Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads(), **clock)
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """Most bytes held at a time during the step: what it returns included, its inputs not."""
+    """Most bytes held at a time during the step: what it returns included, its inputs not.
+
+    On a CPU it is the running sum of the allocations that torch.profiler records, without a library's scratch space.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -103,7 +133,7 @@ def operations(step: Step, device: torch.device, compiled: bool) -> int | None:
 
 
 class _CountOperations(TorchDispatchMode):
-    """Views, allocations without a fill and questions about dtypes are left out: they launch nothing."""
+    """Leaves out views, allocations without a fill and questions about dtypes: they launch nothing."""
 
     count = 0
 
@@ -129,8 +159,8 @@ def _trace(step: Step, device: torch.device) -> list[dict[str, Any]]:
 class Rates:
     """What the machine does at its best."""
 
-    matmul: float  # floating-point operations per second
-    copy: float  # bytes per second, those read plus those written
+    matmul: float = 0.0  # floating-point operations per second
+    copy: float = 0.0  # bytes per second, those read plus those written
 
     def best(self, other: "Rates") -> "Rates":
         return Rates(max(self.matmul, other.matmul), max(self.copy, other.copy))
@@ -148,7 +178,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """The best rates of a product in `dtype`, and of a copy too large for any cache."""
 
     def fastest(step: Step) -> float:
-        return min(timer(step).timeit(2).mean for _ in range(3))
+        return min(timer(step, device).timeit(2).mean for _ in range(3))
 
     matmul = 0.0
     for size in (256, 512, 1024, 2048, 4096, 8192):

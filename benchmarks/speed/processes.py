@@ -1,19 +1,16 @@
-"""The loss of the batch of all processes: `python -m benchmarks.throughput --nproc 2 4`.
+"""The loss of the batch of all processes: `python -m benchmarks.speed.processes --nproc 2 4`.
 
-`distributed` is `gather_distributed=True`. It is measured against gathering and repeating: every process gathers
-everybody's rows of both embeddings, through autograd, and computes the loss of all of them again, with the plain
-formula (`gather+reference`) or in one process's fused way (`gather+fused`). The processes are joined by gloo on one
-machine and have one thread each.
+`distributed` is `gather_distributed=True`. The alternative is to gather the rows of all processes through autograd and
+to repeat the loss in each: `gather+reference` with the plain formula, `gather+fused` in one process's fused way. The
+processes are joined by gloo on one machine and have one thread each.
 
-A step's time is that of the slowest process after a barrier; the median is taken over the repetitions, in which the
-contestants take turns. On a machine with fewer cores than processes they also wait for each other's arithmetic, which
-the column `note` says. Memory is that of the process with the highest peak, as for one process: the least of three
-steps', because gloo's threads now and then hold a tensor for longer than the call that it was for.
+A step's time is that of the slowest process after a barrier; the figure is the median over repetitions, in which the
+contestants take turns. Memory is that of the process with the highest peak: the least of three steps', because gloo's
+threads sometimes hold a tensor for longer than the call.
 
-Bytes sent are those of a process in one step, the mean over the processes. They are the calls that the step makes,
-with the sizes it makes them, at the cost of a ring: an all_reduce of n bytes sends 2 n (W - 1) / W, an all_gather of n
-from each n (W - 1), and an all_to_all what is for others (as much as a reduce_scatter of the same tensor). They are not
-measured on a wire, and a backend may use another algorithm than the ring.
+Bytes sent are those of one process in one step, the mean over the processes. They are counted from the calls of the
+step at the cost of a ring: an all_reduce of n bytes sends 2 n (W - 1) / W, an all_gather of n from each n (W - 1), and
+an all_to_all what goes to others. They are not measured on a wire.
 """
 
 import argparse
@@ -21,7 +18,6 @@ import datetime
 import multiprocessing
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,12 +28,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import measure, report
-from benchmarks.report import short
+from benchmarks import records
+from benchmarks.speed import contestants, measure
+from benchmarks.speed.report import short, source
 
 # Rows in each process, and features.
 SHAPES = (
@@ -47,7 +45,7 @@ SHAPES = (
     (128, 8192),  # the wide projectors of self-supervised learning
     (1024, 384),  # ViT-S and a large batch: many rows of few features
 )
-QUICK_SHAPES = ((16, 24), (16, 100))
+SECONDS = 0.5  # for each contestant at each shape
 
 
 @dataclass
@@ -136,25 +134,24 @@ def seconds(step: measure.Step) -> float:
     return over_processes(perf_counter() - start, dist.ReduceOp.MAX)
 
 
-def run_case(rows: list[Row], repeats: int, min_time: float) -> list[Row]:
-    """Fills in the rows of one case; in every process at once, which all return the same."""
+def run_case(rows: list[Row]) -> list[Row]:
+    """Fills in the rows of one shape; in every process at once, which all return the same."""
     torch.manual_seed(dist.get_rank())
     with measure.noted(*rows):  # the tensors themselves may be too large
-        student, teacher = torch.randn(2, rows[0].rows, rows[0].features).to(getattr(torch, rows[0].dtype))
-        student.requires_grad_()
+        pair = measure.embeddings(rows[0], torch.device("cpu"))
     if rows[0].status != "ok":
         return rows
     steps, turns = {}, {}
     times: dict[int, list[float]] = {i: [] for i in range(len(rows))}
     for i, row in enumerate(rows):
         with measure.noted(row):
-            step = measure.make_step(row, student, teacher)
+            step = measure.make_step(row, *pair)
             with SentBytes() as sent:
                 step()  # warms up
-            peak = min(measure.peak_bytes(step, student.device) for _ in range(3))
+            peak = min(measure.peak_bytes(step, pair[0].device) for _ in range(3))
             row.peak_bytes = int(over_processes(peak, dist.ReduceOp.MAX))
             row.sent_bytes = round(over_processes(sent.count, dist.ReduceOp.SUM) / dist.get_world_size())
-            steps[i], turns[i] = step, max(3, int(repeats * min_time / seconds(step)))
+            steps[i], turns[i] = step, max(3, int(SECONDS / seconds(step)))
     for turn in range(max(turns.values(), default=0)):
         for i, step in steps.items():
             if turn < turns[i]:
@@ -165,48 +162,38 @@ def run_case(rows: list[Row], repeats: int, min_time: float) -> list[Row]:
     return rows
 
 
-def run(args: argparse.Namespace, origin: dict[str, Any], progress: Progress) -> None:
-    """Measures every case, shows each as it is done, and keeps the CSV up to date."""
+def run(processes: int, shapes: Sequence[tuple[int, int]], origin: dict[str, Any]) -> list[Row]:
+    """Measures every shape with this number of processes."""
     done: list[Row] = []
-    cores, names, context = os.cpu_count() or 1, args.contestants, multiprocessing.get_context("spawn")
-    with progress:
-        task = progress.add_task("", total=len(args.nproc) * len(args.shapes) * len(args.modes))
-        for n in args.nproc:
-            origin["note"] = f"{n} processes share {cores} cores" if n > cores else ""
-            with TemporaryDirectory() as folder, ProcessPoolExecutor(n, mp_context=context) as pool:
-                # None returns before all have begun: each process takes one call of these and one of every case.
-                list(pool.map(join, range(n), repeat(n), repeat(folder)))
-                for shape, mode in product(args.shapes, args.modes):
-                    progress.update(task, description=f"{n} processes, {shape[0]} x {shape[1]} {mode}")
-                    case = [Row(name, n, *shape, args.dtype, args.autocast, mode, **origin) for name in names]
-                    case, *_ = pool.map(run_case, repeat(case, n), repeat(args.repeats), repeat(args.min_time))
-                    done += case
-                    progress.console.print(table(case))
-                    progress.advance(task)
-                    if args.csv:
-                        report.write_csv(done, args.csv)
+    cores, context = os.cpu_count() or 1, multiprocessing.get_context("spawn")
+    note = f"{processes} processes share {cores} cores" if processes > cores else ""
+    columns = {"note": note, "threads": 1, **origin}
+    with TemporaryDirectory() as folder, ProcessPoolExecutor(processes, mp_context=context) as pool:
+        # No call of `join` returns before all have begun, so each process takes one, and later one of each case.
+        list(pool.map(join, range(processes), repeat(processes), repeat(folder)))
+        for shape in track(shapes, f"{processes} processes"):
+            names = contestants.DISTRIBUTED
+            case = [Row(name, processes, *shape, "float32", "", "value_and_grad", **columns) for name in names]
+            case, *_ = pool.map(run_case, repeat(case, processes))
+            done += case
+    return done
 
 
 def table(rows: list[Row]) -> Table:
-    first = rows[0]
-    rivals = {row.contestant: row.median_ms for row in rows if row.contestant.startswith("gather+")}
-    title = f"{first.processes} processes, {first.rows} x {first.features} in each, {first.mode} {first.note}"
-    result = Table(title=title, title_justify="left")
-    result.add_column("contestant", no_wrap=True)
-    for heading in ("ms", *(f"over {name}".replace("+", "+\n") for name in rivals), "sent MB", "peak MB"):
+    result = Table("processes", "rows x features", show_edge=False)
+    result.add_column("implementation", no_wrap=True)
+    for heading in ("ms", "sent MB", "peak MB"):
         result.add_column(heading, justify="right", overflow="fold")
     for row in rows:
-        if row.median_ms is None:
-            result.add_row(row.contestant, row.status)
-            continue
-        ratios = (f"{rival / row.median_ms:.2f}" if rival else "" for rival in rivals.values())
-        megabytes = (f"{count / 1e6:.3f}" for count in (row.sent_bytes, row.peak_bytes))
-        result.add_row(row.contestant, f"{row.median_ms:.3f}", *ratios, *megabytes)
+        cells = [row.status]
+        if row.median_ms is not None:
+            cells = [f"{row.median_ms:.3f}", *(f"{(n or 0) / 1e6:.3f}" for n in (row.sent_bytes, row.peak_bytes))]
+        result.add_row(str(row.processes), f"{row.rows} x {row.features}", row.contestant, *cells)
     return result
 
 
 def markdown(rows: list[Row]) -> str:
-    """The documentation's table, of the value with the student's gradient, and a line that says where it comes from."""
+    """The page's table, of the value with the student's gradient, and a line that says where it comes from."""
     lines = [
         "| processes | rows x features in each | gather+reference, ms | gather+fused, ms | distributed, ms "
         "| gather+fused / distributed | MB sent, gathering / distributed | peak MB, gather+fused / distributed |",
@@ -225,14 +212,9 @@ def markdown(rows: list[Row]) -> str:
         times = (short(row.median_ms) for row in (plain, fused, ours))
         ratio = short(fused.median_ms / ours.median_ms, "x") if fused.median_ms and ours.median_ms else "-"
         lines.append(f"| {' | '.join(map(str, (case[0], f'{case[1]} x {case[2]}', *times, ratio, *megabytes)))} |")
-    first = rows[0]
-    notes = "; ".join(dict.fromkeys(row.note for row in rows if row.note))
-    lines += [
-        "",
-        f"Value and student's gradient, {first.dtype}, gloo; medians. {notes[:1].upper()}{notes[1:]}.",
-        f"{first.device} in each process; torch {first.torch}; {first.date}; commit {first.commit}; `{first.command}`",
-    ]
-    return "\n".join(lines)
+    notes = ". ".join(dict.fromkeys(row.note for row in rows if row.note))
+    told = f"Value and student's gradient, {rows[0].dtype}, gloo; medians. {notes[:1].upper()}{notes[1:]}."
+    return "\n".join([*lines, "", told, source(rows[0])])
 
 
 def markdown_on_paper() -> str:
@@ -243,18 +225,38 @@ def markdown_on_paper() -> str:
     ]
     for processes, features in product((8, 64, 1024), (768, 2048, 8192)):
         sent = sent_bytes(128, features, processes)
-        rival, ours = sent["gather+fused"], sent["distributed"]
+        repeated, ours = sent["gather+fused"], sent["distributed"]
         split = "rows" if features <= 128 * processes else "features"
-        cells = (processes, features, split, short(rival / 1e6), short(ours / 1e6), short(rival / ours, "x"))
+        cells = (processes, features, split, short(repeated / 1e6), short(ours / 1e6), short(repeated / ours, "x"))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The benchmark's own command is throughput's, which imports this module; with other numbers if asked to."""
-    from benchmarks import throughput
+def count(text: str) -> int:
+    if not text.isdecimal() or not 1 < int(text) < 100:
+        raise argparse.ArgumentTypeError(f"{text!r} given, a number of processes from 2 to 99 expected")
+    return int(text)
 
-    throughput.main(["--nproc", "2", "4", *(sys.argv[1:] if argv is None else argv)])
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.processes",
+        description="The loss of the batch of N processes on this machine's CPU, beside gathering all rows and "
+        "repeating it in each process. Takes about a minute for each N.",
+    )
+    parser.add_argument("--nproc", type=count, nargs="+", default=[2], metavar="N", help="default: 2")
+    parser.add_argument("--csv", type=records.output, metavar="PATH", help="write the measurements there")
+    parser.add_argument("--on-paper", action="store_true", help="run nothing: print the bytes sent, calculated")
+    args = parser.parse_args(argv)
+    if args.on_paper:
+        print(markdown_on_paper())
+        return
+    origin, rows = records.origin("benchmarks.speed.processes", argv, torch.device("cpu"), 1), []
+    for processes in args.nproc:
+        rows += run(processes, SHAPES, origin)
+        if args.csv:
+            records.write_csv(rows, args.csv)
+    Console().print(table(rows))
 
 
 if __name__ == "__main__":
