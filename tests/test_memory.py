@@ -97,7 +97,7 @@ def test_no_gradient_work_unless_asked(implementation):
 @pytest.mark.parametrize(("shape", "mode", "most"), [((128, 768), 2, 39), ((128, 768), 1, 30), ((512, 256), 2, 47)])
 def test_launches(shape, mode, most):
     """What a GPU would be sent; lightly's loss takes 36 at any shape."""
-    measure = pytest.importorskip("benchmarks.measure", reason="the benchmarks are in a checkout only")
+    measure = pytest.importorskip("benchmarks.speed.measure", reason="the benchmarks are in a checkout only")
     student, teacher = pair(*shape, torch.float32)
     student.requires_grad_(mode == 2)
 
@@ -111,7 +111,7 @@ def test_launches(shape, mode, most):
 @pytest.mark.parametrize("shape", [(128, 1024), (2048, 128), (1024, 768)])
 def test_peak_memory(shape):
     """Beyond the inputs, with the gradient: wide, 5 inputs and two (B, B) matrices; tall, 2.5 inputs and vectors."""
-    measure = pytest.importorskip("benchmarks.measure", reason="the benchmarks are in a checkout only")
+    measure = pytest.importorskip("benchmarks.speed.measure", reason="the benchmarks are in a checkout only")
     student, teacher = pair(*shape, torch.float32)
     student.requires_grad_()
 

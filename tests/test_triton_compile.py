@@ -12,7 +12,7 @@ from rsd_loss import _triton, rsd_loss
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
-ahead_of_time = pytest.importorskip("benchmarks.triton_resources")
+ahead_of_time = pytest.importorskip("benchmarks.speed.triton_resources")
 
 IDS = [name + "".join(f"-{key}={value}" for key, value in switches.items()) for name, switches in ahead_of_time.KERNELS]
 
