@@ -34,7 +34,7 @@ class Pool:
             pipe.send((size, function, args))
         failed = []
         for rank, pipe in enumerate(self.pipes[:size]):
-            error = pipe.recv() if pipe.poll(2 * SECONDS) else "hangs"
+            error = pipe.recv() if pipe.poll(4 * SECONDS) else "hangs"
             failed += [f"rank {rank}: {error}"] if error else []
         # Where one process fails, others wait for it in vain: its own complaint comes first.
         failed.sort(key=lambda error: ("hangs" in error, "gloo" in error))

@@ -261,4 +261,4 @@ def test_triton_resources_are_written_by_the_same_columns(tmp_path):
     compiled = triton_resources.compile_kernel("_columns", {"tall": True}, 90, "float32")
     assert triton_resources.resources(compiled)["registers"] > 0
     with (records.RESULTS / "triton_resources.csv").open(newline="") as file:
-        assert list(csv.DictReader(file))[0]["spill_bytes"] == "0"
+        assert {row["spill_bytes"] for row in csv.DictReader(file)} == {"0"}
