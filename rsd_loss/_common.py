@@ -28,17 +28,13 @@ def check_number(name: str, value: float) -> float:
     return number
 
 
-def check_width(name: str, value: int) -> int:
-    """Returns value as a Python int; raises unless it is an integer (numpy's included) of at least 1."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
+def check_integer(name: str, value: int, least: int = 1) -> int:
+    """Returns value as a Python int; raises unless it is an integer (numpy's included) of at least ``least``."""
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return number
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value if isinstance(value, int) else operator.index(value)  # an int may be a size that a compiler keeps
 
 
 def check_tensor(name: str, x: object) -> None:

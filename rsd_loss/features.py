@@ -1,14 +1,13 @@
 """From feature maps and token grids to the (batch, features) embeddings that the loss takes."""
 
 import math
-import operator
 from typing import Any
 
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from rsd_loss._common import check_tensor
+from rsd_loss._common import check_integer, check_tensor
 
 Grid = tuple[int, int]
 
@@ -111,15 +110,6 @@ def _is_grid(grid: Any) -> bool:
     )
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, int):  # also a size that the compiler keeps symbolic
-        return value
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-
-
 def _as_map(name: str, x: Tensor, prefix_tokens: int, channels_last: bool | None, grid: Grid | None) -> Tensor:
     x = _channels_first(name, x, prefix_tokens, channels_last)
     if x.ndim == 4:
@@ -128,8 +118,8 @@ def _as_map(name: str, x: Tensor, prefix_tokens: int, channels_last: bool | None
         grid = (math.isqrt(x.shape[1]),) * 2
     elif not _is_grid(grid):
         raise TypeError(f"grid must be (rows, columns), or a (student, teacher) pair of such, got {grid!r} for {name}")
-    height, width = (_integer("grid", n) for n in grid)
-    if height < 1 or height * width != x.shape[1]:
+    height, width = (check_integer("grid", n) for n in grid)
+    if height * width != x.shape[1]:
         raise ValueError(
             f"{name} has {x.shape[1]} patch tokens (of {x.shape[1] + prefix_tokens}, less {prefix_tokens} prefix "
             f"tokens), which do not fill a {height} x {width} grid: "
@@ -141,7 +131,7 @@ def _as_map(name: str, x: Tensor, prefix_tokens: int, channels_last: bool | None
 def _channels_first(name: str, x: Tensor, prefix_tokens: int, channels_last: bool | None) -> Tensor:
     """After checks, a (B, C, H, W) map, or (B, N, C) tokens without those of the prefix."""
     check_tensor(name, x)
-    prefix_tokens = _integer("prefix_tokens", prefix_tokens)
+    prefix_tokens = check_integer("prefix_tokens", prefix_tokens, least=0)
     if channels_last is not None and not isinstance(channels_last, bool):
         raise TypeError(f"channels_last must be True, False or None, got {channels_last!r}")
     if x.ndim not in (3, 4):
@@ -152,7 +142,7 @@ def _channels_first(name: str, x: Tensor, prefix_tokens: int, channels_last: boo
     if 0 in x.shape:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
     if x.ndim == 3:
-        if not 0 <= prefix_tokens < x.shape[1]:
+        if prefix_tokens >= x.shape[1]:
             raise ValueError(
                 f"prefix_tokens must leave at least one of {name}'s {x.shape[1]} tokens (B, N, C), got {prefix_tokens}"
             )

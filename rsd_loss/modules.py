@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rsd_loss._common import autocasts, check_tensor, check_width
+from rsd_loss._common import autocasts, check_integer, check_tensor
 from rsd_loss.functional import Implementation, Reduction, RSDTerms, check_gather, check_settings, rsd_loss
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ class RSDLoss(nn.Module):
     wrapper and checkpoints. Source: Zhang, Liu, Ran and Ma, ICCV 2025, arXiv 2507.21844.
 
     Args:
-        kappa: Weight of the decorrelation term; the paper's value is 0.01.
+        kappa: Weight of the decorrelation term. The paper's 0.01 is for teachers with a redundancy R of up to about 10
+            (``rsd_loss.diagnostics.redundancy``); kappa R of 0.3 costs accuracy. 0 is safe for any teacher.
         eps: Added to the standard deviation, in the units of the embeddings.
         reduction: ``"sum"`` (the paper), ``"mean"`` or ``"none"``.
         gather_distributed: Take the global batch, of all processes in ``process_group``.
@@ -119,9 +120,9 @@ class DecouplingProjector(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = check_width("in_features", in_features)
-        self.out_features = out_features = check_width("out_features", out_features)
-        hidden = check_width("expansion", expansion) * self.in_features
+        self.in_features = check_integer("in_features", in_features)
+        self.out_features = out_features = check_integer("out_features", out_features)
+        hidden = check_integer("expansion", expansion) * self.in_features
         self.expand = nn.Linear(self.in_features, hidden, bias=False, device=device, dtype=dtype)
         self.norm = nn.BatchNorm1d(hidden, device=device, dtype=dtype)
         self.activation = nn.GELU()

@@ -178,7 +178,7 @@ FEATURES = {
     "five axes": (lambda: pool(MAP[..., None]), r"got shape \(2, 3, 4, 4, 1\): rearrange it"),
     "empty": (lambda: pool(torch.randn(2, 3, 0, 4)), r"x must not be empty, got shape \(2, 3, 0, 4\)"),
     "all prefix": (lambda: pool(TOKENS, prefix_tokens=17), r"at least one of x's 17 tokens \(B, N, C\), got 17"),
-    "negative prefix": (lambda: pool(TOKENS, prefix_tokens=-1), r"prefix_tokens must leave .*, got -1"),
+    "negative prefix": (lambda: pool(TOKENS, prefix_tokens=-1), "prefix_tokens must be at least 0, got -1"),
     "no square": (
         lambda: dense_pairs(MAP, TOKENS),
         r"teacher has 17 patch tokens .* 4 x 4 grid: pass grid=\(rows, col",
@@ -209,7 +209,7 @@ FEATURES = {
     ),
     "negative grid": (
         lambda: dense_pairs(TOKENS, TOKENS, prefix_tokens=1, grid=(-4, -4)),
-        "fill a -4 x -4 grid",
+        "grid must be at least 1, got -4",
     ),
     "dense pooled": (lambda: dense_pairs(MAP, S), r"teacher must be a \(B, C, H, W\) map or \(B, N, C\) tokens"),
 }
@@ -231,7 +231,7 @@ def test_features_take_tensors():
         dense_pairs(None, MAP)
     for settings, message in (
         ({"channels_last": "no"}, "channels_last must be True, False or None, got 'no'"),
-        ({"prefix_tokens": 0.5}, "prefix_tokens must be an integer, got float"),
+        ({"prefix_tokens": 0.5}, "prefix_tokens must be an int, got float 0.5"),
         ({"grid": 4}, r"grid must be \(rows, columns\), or a \(student, teacher\) pair of such, got 4 for teacher"),
         ({"grid": (None, (4.0, 4.0))}, r"grid must be \(rows, columns\), .*, got \(4.0, 4.0\) for teacher"),
     ):
