@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product, repeat
+from itertools import repeat
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, ClassVar
@@ -73,23 +73,6 @@ class Row:
     command: str = ""
 
     compiled: ClassVar[bool] = False  # the exchange is not traced
-
-
-def sent_bytes(
-    rows_per_process: int, features: int, processes: int, itemsize: int = 4, mode: str = "value_and_grad"
-) -> dict[str, int]:
-    """What each contestant sends on paper, per process and step, to compare with what is counted."""
-    rows, others, sums, grad = rows_per_process * processes, processes - 1, max(itemsize, 4), mode == "value_and_grad"
-    exchanged = 0
-    if features <= rows:  # means in float64, squares, P; the upstream, and for half precision the column sums
-        summed = 16 * features + (2 * features + features**2 + grad * (1 + (itemsize < 4)) * features) * sums
-    else:  # both embeddings, and the student's gradient back; K, the three vectors of the result and their gradient
-        exchanged = (2 + grad) * rows_per_process * features * itemsize
-        summed = (rows**2 + (1 + grad) * 3 * features) * sums
-    agreed = 16 * 8 * others  # the processes tell each other 16 numbers first
-    gathered = (2 + grad) * rows_per_process * features * itemsize * others  # embeddings, and the student's gradient
-    ours = agreed + round((exchanged + 2 * summed) * others / processes)
-    return {"gather+reference": gathered, "gather+fused": gathered, "distributed": ours}
 
 
 class SentBytes(TorchDispatchMode):
@@ -217,21 +200,6 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join([*lines, "", told, source(rows[0])])
 
 
-def markdown_on_paper() -> str:
-    """What is sent with the paper's batch in each process, for more of them than one machine has."""
-    lines = [
-        "| processes | features | split by | gather and repeat, MB | distributed, MB | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    for processes, features in product((8, 64, 1024), (768, 2048, 8192)):
-        sent = sent_bytes(128, features, processes)
-        repeated, ours = sent["gather+fused"], sent["distributed"]
-        split = "rows" if features <= 128 * processes else "features"
-        cells = (processes, features, split, short(repeated / 1e6), short(ours / 1e6), short(repeated / ours, "x"))
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
 def count(text: str) -> int:
     if not text.isdecimal() or not 1 < int(text) < 100:
         raise argparse.ArgumentTypeError(f"{text!r} given, a number of processes from 2 to 99 expected")
@@ -246,11 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--nproc", type=count, nargs="+", default=[2], metavar="N", help="default: 2")
     parser.add_argument("--csv", type=records.output, metavar="PATH", help="write the measurements there")
-    parser.add_argument("--on-paper", action="store_true", help="run nothing: print the bytes sent, calculated")
     args = parser.parse_args(argv)
-    if args.on_paper:
-        print(markdown_on_paper())
-        return
     origin, rows = records.origin("benchmarks.speed.processes", argv, torch.device("cpu"), 1), []
     for processes in args.nproc:
         rows += run(processes, SHAPES, origin)

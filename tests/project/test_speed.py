@@ -1,4 +1,3 @@
-import csv
 import importlib
 import io
 import os
@@ -13,7 +12,7 @@ from conftest import pair
 
 from rsd_loss import rsd_loss
 
-pytest.importorskip("rich", reason="needs the bench extra")
+pytest.importorskip("timm", reason="needs the bench extra")
 from benchmarks import __main__ as bench
 from benchmarks import records
 from benchmarks.speed import contestants, gpu_day, measure, processes, report
@@ -143,40 +142,29 @@ def test_committed_results_are_read():
     assert "| 4 | 128 x 768 | 145 | 83.3 | 57.6 | 1.45x |" in processes.markdown(rows)
 
 
-def test_sent_bytes_by_hand():
-    # By features, K being 256 x 256: three halves of an embedding go to the other; K and six vectors around a ring.
-    wide = processes.sent_bytes(128, 768, 2)
-    assert wide["distributed"] == 128 + 3 * 128 * 384 * 4 + (256 * 256 + 6 * 768) * 4
-    assert wide["gather+reference"] == wide["gather+fused"] == 3 * 128 * 768 * 4
-    # By rows: 3/2 of P, four vectors in float64 (two of them) or float32, and for the gradient one more.
-    tall = processes.sent_bytes(1024, 384, 4)
-    assert tall["distributed"] == 3 * 128 + 1.5 * 4 * (384 * 384 + 2 * 2 * 384 + 2 * 384 + 384)
-    assert tall["gather+fused"] == 3 * 3 * 1024 * 384 * 4
-    assert processes.sent_bytes(1024, 384, 4, mode="value")["gather+fused"] == 2 * 3 * 1024 * 384 * 4
-    assert f"| 64 | 2048 | rows | {3 * 63 * 128 * 2048 * 4 / 1e6:.0f} | 33.2 |" in processes.markdown_on_paper()
-
-
-def sends_as_on_paper(rank, group, rows, features, dtype, mode):
-    student, teacher = (x[rank * rows :][:rows].clone() for x in pair(SIZE * rows, features, dtype))
+def sends(rank, group, rows, features):
+    student, teacher = (x[rank * rows :][:rows].clone() for x in pair(SIZE * rows, features, torch.float64))
     student.requires_grad_()
-    first = None
+    first, found = None, {}
     for name in contestants.DISTRIBUTED:
-        row = processes.Row(name, SIZE, rows, features, str(dtype), "", mode)
+        row = processes.Row(name, SIZE, rows, features, "float64", "", "value_and_grad")
         with processes.SentBytes() as sent:
             out = measure.make_step(row, student, teacher)()
-        counted = processes.over_processes(sent.count, torch.distributed.ReduceOp.SUM) / SIZE
-        expected = processes.sent_bytes(rows, features, SIZE, dtype.itemsize, mode)[name]
-        assert round(counted) == expected, (name, counted, expected)
-        if dtype == torch.float64:  # they compute the same loss
-            first = out if first is None else first
-            torch.testing.assert_close(out, first)
+        found[name] = round(processes.over_processes(sent.count, torch.distributed.ReduceOp.SUM) / SIZE)
+        first = out if first is None else first
+        torch.testing.assert_close(out, first)  # they compute the same loss
+    # The processes tell each other 16 numbers of 8 bytes first. A ring sends 3/4 of what is summed, twice.
+    if features <= SIZE * rows:  # by rows: P, and means, squares and the upstream of the gradient
+        ours = 3 * 128 + 1.5 * 8 * (features**2 + 2 * 2 * features + features)
+    else:  # by features: 3/4 of the embeddings and the gradient go to others; K, and six vectors of the result
+        ours = 3 * 128 + 0.75 * 3 * rows * features * 8 + 1.5 * 8 * ((SIZE * rows) ** 2 + 6 * features)
+    gathered = 3 * 3 * rows * features * 8
+    assert found == {"gather+reference": gathered, "gather+fused": gathered, "distributed": ours}
 
 
-@pytest.mark.parametrize("mode", ["value_and_grad", "value"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("features", [15, 16, 17, 50])  # of 16 rows in all
-def test_sends_as_on_paper(pool, features, dtype, mode):
-    pool.run(SIZE, sends_as_on_paper, 4, features, dtype, mode)
+def test_what_each_process_sends(pool, features):
+    pool.run(SIZE, sends, 4, features)
 
 
 def test_several_processes(monkeypatch):
@@ -185,7 +173,7 @@ def test_several_processes(monkeypatch):
     for row in rows:
         assert (row.status, row.processes, row.threads, row.device) == ("ok", 2, 1, "here")
         assert min(row.median_ms, row.peak_bytes) > 0
-        assert row.sent_bytes == processes.sent_bytes(row.rows, row.features, 2)[row.contestant]
+        assert row.sent_bytes > 0
     out = printed(processes.table(rows))
     assert out.count("gather+reference") == 2
     assert "…" not in out
@@ -193,7 +181,6 @@ def test_several_processes(monkeypatch):
 
 def test_a_rehearsal_of_the_gpu_run(tmp_path):
     """All steps on the CPU, with Triton's interpreter in place of its compiler; a budget that leaves some cells out."""
-    pytest.importorskip("timm")
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "benchmarks.speed.gpu_day", "--rehearse", "--tune", "--budget", "45"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -204,7 +191,7 @@ def test_a_rehearsal_of_the_gpu_run(tmp_path):
     assert "WRONG" not in done.stdout
     for step, found in (("tests", "passed|cut short"), ("eager", "triton: .* ms"), ("compiled", "fused .* ms")):
         assert any(re.match(f"{step}: .*({found})", line) for line in lines), (step, done.stdout)
-    (path,) = (path for path in tmp_path.glob("*.csv") if not path.name.endswith("step.csv"))
+    (path,) = tmp_path.glob("*.csv")
     rows = records.read_csv(path, Row)
     assert {"naive", "fused", "triton"} <= {row.contestant for row in rows if row.median_ms}
     assert "Suggested for auto: fused where inputs are wide and fused where inputs are tall" in done.stdout
@@ -229,9 +216,6 @@ MISTAKES = [
     ("__main__", ["--device", "cuda"], "argument --device: torch finds no CUDA device"),
     ("speed.processes", ["--nproc", "2", "1"], "argument --nproc: '1'"),
     ("speed.processes", ["--csv", "{file}/a.csv"], "argument --csv: '{file}/a.csv'"),
-    ("speed.overhead", ["--student", "nobody"], "argument --student: timm has no ViT 'nobody'"),
-    ("speed.overhead", ["--batch", "1"], "argument --batch: "),
-    ("speed.triton_resources", ["--csv", "{folder}"], "argument --csv: '{folder}'"),
     ("speed.gpu_day", ["--out", "{folder}"], "torch finds no CUDA device"),
     ("speed.gpu_day", ["--out", "{file}", "--rehearse"], "argument --out: "),
 ]
@@ -239,8 +223,6 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("name", "argv", "answer"), MISTAKES)
 def test_mistakes_get_one_sentence_before_any_work(name, argv, answer, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("timm")
-    pytest.importorskip("triton")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     places = {"file": str(tmp_path / "file"), "folder": str(tmp_path / "folder")}
     (tmp_path / "file").write_text("no table\n")
@@ -254,11 +236,3 @@ def test_mistakes_get_one_sentence_before_any_work(name, argv, answer, tmp_path,
     assert message.count("\n") == 1
     assert not out
     assert len(list(tmp_path.rglob("*"))) == 2
-
-
-def test_triton_resources_are_written_by_the_same_columns(tmp_path):
-    triton_resources = pytest.importorskip("benchmarks.speed.triton_resources", reason="needs triton")
-    compiled = triton_resources.compile_kernel("_columns", {"tall": True}, 90, "float32")
-    assert triton_resources.resources(compiled)["registers"] > 0
-    with (records.RESULTS / "triton_resources.csv").open(newline="") as file:
-        assert {row["spill_bytes"] for row in csv.DictReader(file)} == {"0"}
