@@ -144,19 +144,6 @@ def rsd_logits(setup: Setup, added: nn.ModuleList) -> Term:
     return lambda s, t, y: loss(s.logits, t.logits)
 
 
-def rsd_wide(setup: Setup, added: nn.ModuleList, width: int = 1024) -> Term:
-    """Under a teacher with the same information in `width` features.
-
-    A fixed random map takes the embedding to 64 features. A second one, which keeps lengths and angles, takes these to
-    `width`. So all widths have the same distances between samples.
-    """
-    generator = torch.Generator().manual_seed(0)
-    down = torch.randn(setup.teacher.embedding.shape[1], 64, generator=generator)
-    up = torch.linalg.qr(torch.randn(width, 64, generator=generator)).Q.T
-    spread = (down @ up).to(setup.teacher.embedding.device)
-    return projected(setup, added, lambda s, t: (s.embedding, t.embedding @ spread))
-
-
 def rsd_stages(setup: Setup, added: nn.ModuleList) -> Term:
     """RSD, and the mean of RSD over the pooled intermediate stages."""
     last = rsd(setup, added)
@@ -228,7 +215,6 @@ METHODS = {
     "rsd_logits": Method(rsd_logits, 0.1, kappa=0.01),
     "rsd_stages": Method(rsd_stages, 0.1, kappa=0.01),
     "rsd_dense": Method(rsd_dense, 0.1, kappa=0.01),
-    "rsd_wide": Method(rsd_wide, 0.1, kappa=0.01),
     "kd_rsd": Method(partial(together, weights={"kd": 9.0, "rsd": 0.1}), 1.0, kappa=0.01),
     "dist_rsd": Method(partial(together, weights={"dist": 1.0, "rsd": 0.1}), 1.0, kappa=0.01),
     "cwd_rsd_dense": Method(cwd_rsd_dense, 1.0, kappa=0.01),

@@ -19,10 +19,10 @@ from rich.progress import Progress
 from benchmarks.accuracy import classification, segmentation
 from benchmarks.accuracy.data import Images, Split
 from benchmarks.accuracy.distilling import distil
-from benchmarks.accuracy.evidence import RESULTS, read
 from benchmarks.accuracy.methods import method_named
-from benchmarks.accuracy.runs import Run
+from benchmarks.accuracy.runs import Run, read
 from benchmarks.accuracy.training import Bench
+from benchmarks.records import RESULTS
 
 TASKS = {"classification": (classification, (32, 32)), "segmentation": (segmentation, segmentation.SIZE)}
 VERSIONS = {"torch": torch.__version__.partition("+")[0], "timm": timm.__version__}

@@ -4,6 +4,8 @@ import csv
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from benchmarks.records import RESULTS
+
 
 @dataclass
 class Run:
@@ -57,6 +59,12 @@ def append(run: Run, path: Path) -> None:
         if new:
             writer.writeheader()
         writer.writerow({name: cell(value) for name, value in asdict(run).items()})
+
+
+def read(name: str, **which: str) -> list[dict[str, str]]:
+    """The students' lines of a committed file that have these values."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return [x for x in csv.DictReader(file) if which.items() <= x.items() and x.get("method") != "teacher"]
 
 
 def finished(path: Path) -> set[tuple[str, ...]]:
