@@ -1,11 +1,9 @@
 """Time and memory of the loss against the naive one: `python -m benchmarks`."""
 
 import argparse
-import csv
 import re
 from collections.abc import Callable, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,17 +100,6 @@ def shape(text: str) -> tuple[int, int]:
     return rows, features
 
 
-def measured(text: str) -> list[Row]:
-    """The rows of a file that --csv wrote."""
-    try:
-        rows = records.read_csv(Path(text), Row)
-    except (OSError, KeyError, ValueError, csv.Error):
-        rows = []
-    if not any(row.contestant == "naive" and row.median_ms for row in rows):
-        raise argparse.ArgumentTypeError(f"{text!r} has no measurements of the naive loss: give a file of --csv")
-    return rows
-
-
 def device(text: str) -> torch.device:
     if text not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text!r} given, cpu or cuda expected")
@@ -137,27 +124,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--value", action="store_true", help="also the value alone, without a gradient")
     add("--csv", type=records.output, metavar="PATH", help="write the measurements there")
     add("--plot", type=records.output, metavar="PATH", help="plot the speed-ups there, a PNG file")
-    add("--table", type=measured, metavar="CSV", help="run nothing: print that file's table for a page (and --plot it)")
     args = parser.parse_args(argv)
-    if args.table and args.csv:
-        parser.error("argument --csv: --table measures nothing: leave one of them out")
     try:
         args.shapes = {"few": FEW, "all": SHAPES}.get(args.shapes[0]) or [shape(text) for text in args.shapes]
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --shapes: {error}")
-    console, rows = Console(), args.table
-    if rows:
-        print(report.markdown(rows))
-    else:
-        threads = torch.get_num_threads()
-        origin = records.origin("benchmarks", argv, args.device, threads)
-        console.print(
-            f"{origin['device']}; torch {torch.__version__}; the value and the student's gradient", style="dim"
-        )
-        rows = run(args, console, threads=threads, **origin)
-        console.print(report.table(rows))
-        for status in dict.fromkeys(row.status for row in rows if row.status.startswith("missing")):
-            console.print(status, style="dim")
+    console, threads = Console(), torch.get_num_threads()
+    origin = records.origin("benchmarks", argv, args.device, threads)
+    console.print(f"{origin['device']}; torch {torch.__version__}; the value and the student's gradient", style="dim")
+    rows = run(args, console, threads=threads, **origin)
+    console.print(report.table(rows))
+    for status in dict.fromkeys(row.status for row in rows if row.status.startswith("missing")):
+        console.print(status, style="dim")
     if args.plot:
         report.plot(rows, args.plot)
 

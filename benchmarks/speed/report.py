@@ -85,7 +85,7 @@ def source(row: Row) -> str:
     return f"{row.device}; torch {row.torch}; {row.date}; commit {row.commit}; `{row.command}`"
 
 
-def markdown(rows: list[Row], shapes: Iterable[tuple[int, int]] | None = None) -> str:
+def markdown(rows: list[Row]) -> str:
     """The page's table, of the value with the student's gradient, and a line that says where it comes from."""
     rows = [row for row in rows if row.mode == "value_and_grad"]
     lines = [
@@ -93,8 +93,8 @@ def markdown(rows: list[Row], shapes: Iterable[tuple[int, int]] | None = None) -
         "| peak MB, fused / naive |",
         "|---" * 6 + "|",
     ]
-    for shape in dict.fromkeys(row.shape for row in rows) if shapes is None else shapes:
-        case = [row for row in rows if row.shape == tuple(shape)]
+    for shape in dict.fromkeys(row.shape for row in rows):
+        case = [row for row in rows if row.shape == shape]
         naive, fused, following = (best(case, False, names) for names in (["naive"], ["fused"], None))
         cells = (
             f"{shape[0]} x {shape[1]}",
