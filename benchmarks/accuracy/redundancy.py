@@ -99,9 +99,8 @@ def teacher_named(bench: Bench, run: Run) -> Teacher:
     """A network trained here, or one of raw, adapted and spread with its number of features, as in adapted256."""
     data, cache = bench.data, bench.args.cache
     if run.teacher in classification.networks:
-        _, row, _ = teacher_of(bench, run, run.teacher)
-        stem = "-".join(str(x) for x in (run.teacher, data.fingerprint, run.teacher_epochs, run.precision, run.views))
-        return Teacher(kept(cache / f"{stem}-outputs.pt", list, bench.device), row.test)
+        _, row, teach = teacher_of(bench, run, run.teacher)
+        return Teacher(teach.args[0], row.test)  # what `take` looks up in
 
     def make() -> list[Tensor]:
         features, maps, tested = kept(cache / f"lite0-{data.fingerprint}.pt", lambda: pretrained(bench), bench.device)
