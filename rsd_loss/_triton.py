@@ -28,8 +28,8 @@ try:
 except ImportError:  # why_unavailable says so, and the kernels below stay plain functions that nothing calls
     triton = None
 
-# The tile of every kernel, and its warps. 32 columns are a 128-byte line of float32, two 32-byte sectors of float16.
-_BLOCK_R, _BLOCK_C, _WARPS = 32, 32, 4
+# The tile of every kernel. 32 columns are a 128-byte line of float32 and two 32-byte sectors of float16.
+_BLOCK_R, _BLOCK_C = 32, 32
 # Batches of more than _ROWS rows have their moments taken in parts, at most _PARTS of them (a power of two).
 _ROWS, _PARTS = 512, 64
 
@@ -107,7 +107,7 @@ class _FeatureLosses(torch.autograd.Function):
                 stride = 1 if compiling else u.stride(0)
                 grid = (-(-m.shape[0] // _BLOCK_R) * -(-m.shape[1] // _BLOCK_C),)
                 args = (u, stride, m, d, off, z, stats, grads[0], *m.shape, ctx.kappa)
-                _gradient[grid](*args, block_r=_BLOCK_R, block_c=_BLOCK_C, num_warps=_WARPS)
+                _gradient[grid](*args, block_r=_BLOCK_R, block_c=_BLOCK_C)
             if ctx.needs_input_grad[1]:
                 grads[1] = _teacher_gradient(ctx, upstream, d, z, stats, product).to(ctx.dtypes[1])
         if torch.is_grad_enabled() and not compiling:
@@ -125,7 +125,7 @@ def _forward(
     chunk = -(-batch // (most * _BLOCK_R)) * _BLOCK_R
     parts = -(-batch // chunk)
     grid = (-(-features // _BLOCK_C), parts, 2)
-    blocks = {"block_r": _BLOCK_R, "block_c": _BLOCK_C, "num_warps": _WARPS}
+    blocks = {"block_r": _BLOCK_R, "block_c": _BLOCK_C}
     inputs = (student, teacher, *student.stride(), *teacher.stride())
     z = torch.empty((2, batch, features), dtype=product_dtype(student, teacher), device=device)
     stats = torch.empty((2, 2, features), dtype=torch.float32, device=device)

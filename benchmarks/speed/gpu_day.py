@@ -101,9 +101,8 @@ def launches(rows: Iterable[Row], device: torch.device) -> Iterator[str]:
 
 
 def tune(rows: Iterable[Row], device: torch.device, seconds: float) -> Iterator[str]:
-    """Times each row with every tile, and with other numbers of warps."""
+    """Times each row with every tile."""
     options: list[dict[str, int]] = [{"_BLOCK_R": r, "_BLOCK_C": c} for r, c in TILES]
-    options += [{"_WARPS": warps} for warps in (2, 8)]
     for row in rows:
         times = []
         for option in options:
