@@ -29,22 +29,26 @@ def check_number(name: str, value: float) -> float:
 
 
 def check_integer(name: str, value: int, least: int = 1) -> int:
-    """Returns value as a Python int; raises unless it is an integer (numpy's included) of at least ``least``."""
-    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
+    """Returns value as an int; raises unless it is an integer (numpy's included) of at least ``least``."""
+    refused = isinstance(value, (bool, Tensor))  # a tensor would have to be read
+    if not refused and not isinstance(value, (int, torch.SymInt)):  # the latter is a size that a compiler keeps
+        try:
+            value = operator.index(value)
+        except TypeError:
+            refused = True
+    if refused:
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value if isinstance(value, int) else operator.index(value)  # an int may be a size that a compiler keeps
+    return value
 
 
 def check_tensor(name: str, x: object) -> None:
     """Raises unless x is a tensor of a floating-point dtype that the loss takes."""
     if not isinstance(x, Tensor):
         way_out = "convert it with torch.as_tensor"
-        if x is None or isinstance(x, (tuple, dict)):
-            way_out = "pick the embedding out of the model's output"
-        elif isinstance(x, list) and x and isinstance(x[0], Tensor):
-            way_out = "for several layers, call the loss once for each layer"
+        if x is None or isinstance(x, (tuple, dict)) or (isinstance(x, list) and x and isinstance(x[0], Tensor)):
+            way_out = "pick the embedding out of the model's output; for several layers, call the loss once for each"
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: {way_out}")
     if x.dtype not in _DTYPES:
         raise TypeError(
@@ -134,6 +138,10 @@ def no_autocast(device: str) -> AbstractContextManager[object]:
 
 def refuse_second_derivative(x: Tensor, *inputs: Tensor) -> Tensor:
     """A copy of x that raises a clear error where it is differentiated with respect to itself or the inputs."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(
+        x
+    ):  # is_grads_batched=True and create_graph=True
+        raise_no_second_derivative()
     copy: Tensor = _refuse_op(x, list(inputs))
     return copy
 

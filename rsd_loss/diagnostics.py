@@ -103,14 +103,16 @@ def _redundancy(z: Tensor) -> Tensor:
 
 
 def _effective_rank(z: Tensor) -> Tensor:
-    gram = z @ z.T if z.shape[0] < z.shape[1] else z.T @ z  # both have the same eigenvalues but for zeros
+    # Squared, a direction of a thousandth of the largest would drown in the rounding of float32.
+    x = z if z.device.type == "mps" else z.double()  # mps has no float64
+    gram = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x  # both have the same eigenvalues but for zeros
     # What is not finite goes on as nan, and must not stop a training run in the search for eigenvalues.
     eigenvalues = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)) + 0 * gram.sum()
     # Rounding leaves up to about 12 eps of the largest where there should be zeros, and must not count as rank.
     noise = 32 * torch.finfo(gram.dtype).eps * eigenvalues.amax()
     singular = eigenvalues.masked_fill(eigenvalues < noise, 0).sqrt()
     p = singular / singular.sum().clamp_min(torch.finfo(gram.dtype).tiny)
-    rank: Tensor = torch.special.entr(p).sum().exp()
+    rank: Tensor = torch.special.entr(p).sum().exp().to(z.dtype)
     return rank
 
 

@@ -98,8 +98,8 @@ def rsd_loss(
             DistributedDataParallel and FSDP do, the gradients are those of this loss. All processes must make the
             call. No effect in a single process.
         process_group: The processes to gather over; the default group if None.
-        implementation: ``"auto"`` picks ``"fused"``, or ``"reference"`` for ``torch.func`` transforms and DTensors;
-            all give the same loss, up to rounding.
+        implementation: ``"auto"`` picks ``"fused"``, or ``"reference"`` for ``torch.func`` transforms, forward-mode
+            AD and DTensors; all give the same loss, up to rounding.
         return_terms: Also return the two terms.
 
     Returns:
@@ -226,7 +226,7 @@ def check_gather(gather_distributed: bool, process_group: object) -> None:
 def _check_to_gather(student: Tensor, teacher: Tensor, same_width: bool = False) -> None:
     check_embeddings(student, teacher, same_width=same_width, min_rows=1)
     if reason := why_only_reference(student, teacher):
-        raise RuntimeError(f"gather_distributed=True cannot run here: {reason}")
+        raise RuntimeError(f"gather_distributed=True cannot run here: {reason}. Leave it out for this process's loss")
     if student.device.type == "meta":
         raise ValueError("student and teacher are on meta, and what has no values cannot be gathered")
 

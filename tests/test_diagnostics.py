@@ -113,6 +113,16 @@ def test_rounding_is_no_rank(shape):
     assert summary(student, torch.randn(shape)).effective_rank < 1.001
 
 
+@pytest.mark.parametrize("shape", [(1024, 2048), (512, 768), (256, 64)])
+def test_rank_of_a_nearly_collapsed_student(shape):
+    """Its small directions are no rounding, though their squares are: the same as in float64 throughout."""
+    torch.manual_seed(0)
+    student = torch.randn(shape[0], 1) + 0.03 * torch.randn(shape)
+    found, truth = (summary(x, torch.randn(shape)).effective_rank.item() for x in (student, student.double()))
+    assert truth > 3
+    assert found == pytest.approx(truth, rel=1e-3)  # float32 standardises
+
+
 @pytest.mark.parametrize("far", [1.0, 1e4])
 def test_alignment_that_cannot_be_estimated_is_nan(far):
     """One row holds all of the student's variance, and the estimate of its own HSIC is zero but for rounding."""

@@ -38,7 +38,7 @@ EMBEDDINGS = {
         "at least 2 rows to correlate over, got 1: .*drop_last",
     ),
     "list": (([[1.0, 2.0]], T), TypeError, "student must be a torch.Tensor, got list: convert it"),
-    "layers": (([S, S], T), TypeError, "got list: for several layers, call the loss once for each layer"),
+    "layers": (([S, S], T), TypeError, "got list: pick .*; for several layers, call the loss once for each"),
     "none": ((S, None), TypeError, "teacher must be a torch.Tensor, got NoneType: pick the embedding out"),
     "outputs": (((S, S), T), TypeError, "student must be a torch.Tensor, got tuple: pick the embedding out"),
     "int": ((S.long(), T), TypeError, "student must be float16, bfloat16, float32 or float64, got torch.int64"),
@@ -142,6 +142,8 @@ def test_settings_are_keywords():
         ((True, 4), TypeError, "in_features must be an int, got bool"),
         ((4, 4, 0), ValueError, "expansion must be at least 1, got 0"),
         ((4, 4, 1.5), TypeError, "expansion must be an int, got float 1.5"),
+        ((4, 4, torch.tensor(2)), TypeError, "expansion must be an int, got Tensor"),
+        ((np.array([4]), 4), TypeError, "in_features must be an int, got ndarray"),
     ],
 )
 def test_projector_construction(arguments, error, message):

@@ -176,6 +176,12 @@ def test_dead_features_compiled(shape):
     dead_features(compiled_loss(), shape, torch.float16, 0.1)
 
 
+@pytest.mark.parametrize("eps", [1e-8, 1e-12, 1e-30])
+def test_dead_features_and_a_small_eps(implementation, eps):
+    loss = functools.partial(rsd_loss, implementation=implementation, eps=eps)
+    dead_features(loss, (1030, 8), torch.bfloat16, 0.1)
+
+
 def dead_features(loss, shape, dtype, constant):
     student, teacher = pair(*shape, dtype)
     student[:, 0] = student[:, 1] = teacher[:, 1] = teacher[:, 2] = constant
@@ -279,6 +285,11 @@ def test_batched_gradients(shape, implementation):
     for i, u in enumerate(upstreams):
         one = torch.autograd.grad(value, (student, teacher), u, retain_graph=True)
         torch.testing.assert_close([x[i] for x in batched], [*one])
+    mapped = torch.func.vmap(lambda u: torch.autograd.grad(value, student, u, retain_graph=True)[0])(upstreams)
+    torch.testing.assert_close(mapped, batched[0])
+    if implementation != "reference":
+        with pytest.raises(RuntimeError, match='have no second derivative: pass implementation="reference"'):
+            torch.autograd.grad(value, student, upstreams, is_grads_batched=True, create_graph=True)
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (12, 8), (1100, 3)])

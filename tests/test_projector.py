@@ -1,5 +1,6 @@
 """The projector's layers, size, initialisation and manners."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ def test_layers_and_parameter_count():
 
 
 def test_forward_is_the_stated_composition():
-    projector = DecouplingProjector(5, 7, expansion=3).double()
+    projector = DecouplingProjector(np.int64(5), np.int32(7), expansion=np.int16(3)).double()
     x = torch.randn(9, 5, dtype=torch.float64)
     h = x @ projector.expand.weight.T
     h = (h - h.mean(0)) / (h.var(0, correction=0) + 1e-5).sqrt()

@@ -3,7 +3,7 @@
 The teacher is trained with the labels of all 1000 training images. The student gets five labels per class for its
 cross-entropy. RSD needs no labels, so the student also learns from the teacher's embeddings of all training images:
 
-    loss = cross_entropy(logits, labels) + 0.1 * criterion(projector(student_embedding), teacher_embedding)
+    loss = cross_entropy(logits, labels) + 25 * criterion(projector(student_embedding), teacher_embedding)
 
 Two more students have the same labels, initial weights, batches and hyperparameters. One learns alone. The other has a
 teacher that was never trained: it shows how much of the gain comes from the unlabelled images alone. Learning rate and
@@ -36,7 +36,7 @@ from rsd_loss.diagnostics import summary
 from rsd_loss.features import pool
 
 LABELS_PER_CLASS = 5
-RSD_WEIGHT = 0.1
+RSD_WEIGHT = 25
 BATCH_SIZE = 125
 SHIFTS = 9
 TEACHER, ALONE, UNTRAINED, RSD = (
@@ -146,7 +146,7 @@ def trained_student(
     torch.set_num_threads(1)
     (_, labels), shifted = load_splits()[0], all_shifts(load_splits()[0].images)
     student, projector = new_student(seed, ConvTeacher.width if targets is None else targets.shape[-1])
-    criterion = RSDLoss(kappa=kappa)
+    criterion = RSDLoss(kappa=kappa, reduction="mean")
     # The projector learns too, so the optimizer needs its parameters. A student alone leaves them without a gradient.
     optimizer = Optimizer([*student.parameters(), *projector.parameters()], 8e-3, 1.0, epochs, len(labels))
     # A generator of its own, read alike in every arm: equal seeds mean equal labels, batches and augmentation.

@@ -28,10 +28,10 @@ def accumulate(
     labels: Tensor,
     teacher_embedding: Tensor,
     micro_batch: int,
-    weight: float = 0.1,
+    weight: float = 25.0,
 ) -> Tensor:
     """Adds the gradients of the whole batch's loss to the parameters, and returns the loss."""
-    criterion = RSDLoss(kappa=0.0)
+    criterion = RSDLoss(kappa=0.0, reduction="mean")
     states, embeddings = [], []
     with torch.no_grad():
         for part in images.split(micro_batch):
@@ -56,11 +56,11 @@ def whole(
     images: Tensor,
     labels: Tensor,
     teacher_embedding: Tensor,
-    weight: float = 0.1,
+    weight: float = 25.0,
 ) -> Tensor:
     """The same in one go, for comparison."""
     embedding = encoder(images)
-    loss = F.cross_entropy(head(embedding), labels) + weight * RSDLoss(kappa=0.0)(
+    loss = F.cross_entropy(head(embedding), labels) + weight * RSDLoss(kappa=0.0, reduction="mean")(
         projector(embedding), teacher_embedding
     )
     loss.backward()

@@ -32,7 +32,7 @@ def distil(teacher: ConvTeacher, train: Split, epochs: int, checkpoint: Path) ->
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=DEVICE.type == "cuda")
     parts = {"student": student, "optimizer": optimizer, "scaler": scaler}
     parts["projector"] = projector  # rsd
-    criterion = RSDLoss(kappa=0.0)  # rsd
+    criterion = RSDLoss(kappa=0.0, reduction="mean")  # rsd
 
     start = 0
     if checkpoint.exists():
@@ -52,7 +52,7 @@ def distil(teacher: ConvTeacher, train: Split, epochs: int, checkpoint: Path) ->
                     target, _ = teacher(images)  # rsd
                 # Under autocast, too, statistics, sums and the loss are float32.
                 loss = F.cross_entropy(logits, labels)
-                loss = loss + 0.1 * criterion(projector(embedding), target)  # rsd
+                loss = loss + 25 * criterion(projector(embedding), target)  # rsd
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)

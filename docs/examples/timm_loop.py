@@ -31,7 +31,7 @@ MODELS = {
     "mixer": {"model_name": "mixer_s32_224", "img_size": 64},
 }
 
-criterion = RSDLoss(kappa=0.0)  # rsd
+criterion = RSDLoss(kappa=0.0, reduction="mean")  # rsd
 
 
 def features(model, images):  # rsd
@@ -58,7 +58,7 @@ def objective(student, teacher, projectors, images, labels):
         _, t, t_map = features(teacher, images)  # rsd
     pairs = (s, t), dense_pairs(s_map, t_map)  # rsd
     for projector, (a, b) in zip(projectors, pairs, strict=True):  # rsd
-        loss = loss + 0.1 * criterion(projector(a), b)  # rsd
+        loss = loss + 25 * criterion(projector(a), b)  # rsd
     return loss
 
 

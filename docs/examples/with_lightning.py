@@ -26,7 +26,7 @@ class Distiller(lightning.LightningModule):
         self.student = ViTStudent()
         self.teacher = teacher.eval().requires_grad_(False)
         self.projector = DecouplingProjector(ViTStudent.width, teacher.width)  # rsd
-        self.rsd = RSDLoss(kappa=0.0, gather_distributed=True)  # rsd
+        self.rsd = RSDLoss(kappa=0.0, reduction="mean", gather_distributed=True)  # rsd
 
     def train(self, mode: bool = True) -> "Distiller":
         """Lightning since 2.2 leaves the modes as they are when it starts to fit; this holds for every call."""
@@ -43,7 +43,7 @@ class Distiller(lightning.LightningModule):
         rsd = self.rsd(self.projector(embedding), target)  # rsd
         # The same on all devices: sync_dist is not needed.
         self.log("rsd", rsd.detach())
-        return loss + 0.1 * rsd  # rsd
+        return loss + 25 * rsd  # rsd
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-3)

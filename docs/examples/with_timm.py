@@ -26,7 +26,7 @@ STUDENT |= {"num_heads": 4, "class_token": False, "global_pool": "avg", "weight_
 # s and t are the student's projected and the teacher's embedding. timm's loop needs the loss, and the output for its
 # metrics. Of the constructor's weights this takes distill_loss_weight; that of the classification is 1.
 class RSDTask(FeatureDistillationTask):  # rsd
-    rsd = RSDLoss(kappa=0.0)  # rsd
+    rsd = RSDLoss(kappa=0.0, reduction="mean")  # rsd
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # rsd
         out, s = self.trainable_module(input)  # rsd
@@ -48,7 +48,7 @@ def new_task(student: nn.Module, teacher: nn.Module) -> FeatureDistillationTask:
     # timm itself freezes the teacher in prepare_distributed only. Frozen, it builds no graph.
     teacher.requires_grad_(False)
     criterion = nn.CrossEntropyLoss()
-    task = RSDTask(student, teacher, criterion, distill_loss_weight=0.1)  # rsd
+    task = RSDTask(student, teacher, criterion, distill_loss_weight=25.0)  # rsd
     widths = student.head_hidden_size, teacher.head_hidden_size  # rsd
     task.trainable_module.projection = DecouplingProjector(*widths)  # rsd
     # Then task.to(device), task.compile() and task.prepare_distributed(), in this order.

@@ -53,13 +53,13 @@ criterion:
           kwargs: {input: {is_from_teacher: False, module_path: student_model.head, io: output}}
         weight: 1.0
       embedding:
-        criterion: {key: RSDLoss, kwargs: {kappa: 0.0}}  # rsd
+        criterion: {key: RSDLoss, kwargs: {kappa: 0.0, reduction: mean}}  # rsd
         criterion_wrapper:
           key: SimpleLossWrapper
           kwargs:
             input: {is_from_teacher: False, module_path: projector, io: output}
             target: {is_from_teacher: True, module_path: head, io: input}
-        weight: 0.1  # rsd
+        weight: 25  # rsd
 """
 
 

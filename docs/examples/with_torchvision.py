@@ -47,7 +47,7 @@ def distil(student: nn.Module, teacher: nn.Module, batches: DataLoader, epochs: 
     teacher = create_feature_extractor(teacher, {"flatten": "embedding"})  # rsd
     trained = nn.ModuleList([student, projector])  # rsd
     optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)  # rsd
-    criterion = RSDLoss(kappa=0.0)  # rsd
+    criterion = RSDLoss(kappa=0.0, reduction="mean")  # rsd
     for _ in range(epochs):
         for images, labels in batches:
             with torch.no_grad():
@@ -55,7 +55,7 @@ def distil(student: nn.Module, teacher: nn.Module, batches: DataLoader, epochs: 
             tokens, logits = extractor(images).values()  # rsd
             loss = F.cross_entropy(logits, labels)
             projected = projector(tokens[:, 0])  # rsd
-            loss = loss + 0.1 * criterion(projected, target["embedding"])  # rsd
+            loss = loss + 25 * criterion(projected, target["embedding"])  # rsd
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

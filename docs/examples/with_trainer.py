@@ -59,7 +59,8 @@ class DistillationTrainer(Trainer):
             # self.model is the student, where ``model`` may be a wrapper.
             projected = self.model.projector(embedding(self.model, outputs))  # rsd
             target = pool(taught.hidden_states[-1])  # rsd
-            loss = loss + 0.1 * rsd_loss(projected, target, kappa=0.0)  # rsd
+            term = rsd_loss(projected, target, kappa=0.0, reduction="mean")  # rsd
+            loss = loss + 25 * term  # rsd
         return (loss, outputs) if return_outputs else loss
 
 

@@ -86,12 +86,13 @@ def test_mdistiller_and_repdistiller(monkeypatch):
     page = {"opt": SimpleNamespace(distill="rsd"), "feat_s": feat_s, "feat_t": feat_t, **lists}
     run_blocks("docs/integrations.md", page)
     projected = page["trainable_list"][1](feat_s[-1])
-    assert_close(page["loss_kd"], rsd_loss.rsd_loss(projected, feat_t[-1], kappa=0.0))
+    assert_close(page["loss_kd"], rsd_loss.rsd_loss(projected, feat_t[-1], kappa=0.0, reduction="mean"))
 
     distiller = page["RSD"](student, teacher, None)
     _, losses = distiller.forward_train(image=images, target=labels)
     projected = distiller.projector(student.body(images))
-    assert_close(losses["loss_kd"], 0.1 * rsd_loss.rsd_loss(projected, teacher.body(images), kappa=0.0))
+    expected = rsd_loss.rsd_loss(projected, teacher.body(images), kappa=0.0, reduction="mean")
+    assert_close(losses["loss_kd"], 25 * expected)
     assert_close(losses["loss_ce"], F.cross_entropy(student(images)[0], labels))
     sum(losses.values()).backward()
     assert all(parameter.grad is not None for parameter in distiller.get_learnable_parameters())

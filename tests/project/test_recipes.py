@@ -120,7 +120,7 @@ def test_timm_loop_takes_any_two(recipe, names):
         (_, s, s_map), (_, t, t_map) = (loop.features(model, images) for model in (student, teacher))
         expected = F.cross_entropy(student(images), labels)
         for projector, (a, b) in zip(projectors, ((s, t), dense_pairs(s_map, t_map)), strict=True):
-            expected += 0.1 * rsd_loss(projector(a), b, kappa=0.0, implementation="reference")
+            expected += 25 * rsd_loss(projector(a), b, kappa=0.0, reduction="mean", implementation="reference")
     assert_close(loss.detach(), expected, rtol=1e-4, atol=0)  # float32, through two different orders of sums
     loss.backward()
     assert all(parameter.grad is not None for parameter in projectors.parameters())
@@ -139,9 +139,9 @@ def test_timm_task(recipe):
     target = teacher.eval().forward_head(teacher.forward_features(for_teacher), pre_logits=True)
     embedding = student.forward_head(student.forward_features(images), pre_logits=True)
     projector = task.trainable_module.projection
-    rsd = rsd_loss(copy.deepcopy(projector)(embedding), target, kappa=0.0)
+    rsd = rsd_loss(copy.deepcopy(projector)(embedding), target, kappa=0.0, reduction="mean")
     loss = task.train()(images, labels)["loss"]
-    assert_close(loss, F.cross_entropy(student(images), labels) + 0.1 * rsd)
+    assert_close(loss, F.cross_entropy(student(images), labels) + 25 * rsd)
     loss.backward()
     module.create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1).step()
     assert_trained(projector)
@@ -197,7 +197,7 @@ def test_trainer_accumulates_the_mean_of_its_micro_batches(recipe, tmp_path):
         projected = before.projector(before.vit.layernorm(outputs.hidden_states[-1])[:, 0])
         with torch.no_grad():
             target = teacher.resnet(inputs["pixel_values"]).pooler_output.flatten(1)
-        ((outputs.loss + 0.1 * rsd_loss(projected, target, kappa=0.0)) / 2).backward()
+        ((outputs.loss + 25 * rsd_loss(projected, target, kappa=0.0, reduction="mean")) / 2).backward()
     with torch.no_grad():
         for parameter in before.parameters():
             parameter -= 0.1 * (0 if parameter.grad is None else parameter.grad)
@@ -248,8 +248,8 @@ def test_torchdistill(recipe):
     images, labels, extra = next(iter(box.train_data_loader))
     loss = box.forward_process(images, labels, extra)
     embedding, logits = student(images)
-    expected = rsd_loss(initial(embedding), teacher(images)[0], kappa=0.0)
-    assert_close(loss, F.cross_entropy(logits, labels) + 0.1 * expected)
+    expected = rsd_loss(initial(embedding), teacher(images)[0], kappa=0.0, reduction="mean")
+    assert_close(loss, F.cross_entropy(logits, labels) + 25 * expected)
     box.post_forward_process(loss=loss)
     assert_trained(box.student_model.projector)
     assert_frozen(teacher, before)
