@@ -26,7 +26,7 @@ RECIPES = {
     "with_torchvision": (["torchvision"], {"epochs": 3}, 25),
     "with_lightning": (["lightning"], {"epochs": 4, "enable_progress_bar": False}, 50),
     "with_lightning in two processes": (["lightning"], {"devices": 2, "epochs": 1, "enable_progress_bar": False}, 15),
-    "with_trainer": (["transformers", "accelerate"], {"epochs": 3}, 25),
+    "with_trainer": (["transformers", "accelerate"], {"epochs": 8}, 80),
     "with_torchdistill": (["torchdistill"], {}, 80),
 }
 
