@@ -51,7 +51,7 @@ def new_projectors(student, teacher, images):  # rsd
     return nn.ModuleList(projectors).to(images.device)  # rsd
 
 
-def objective(student, teacher, projectors, images, labels):
+def objective(student, teacher, projectors, images, labels):  # rsd
     logits, s, s_map = features(student, images)  # rsd
     loss = F.cross_entropy(logits, labels)
     with torch.no_grad():  # rsd
@@ -102,7 +102,7 @@ def main(epochs: int = 8, names: tuple[str, str] = ("vit", "cnn"), compiled: boo
         student.train()
         for images, labels in batches:
             optimizer.zero_grad()
-            step(student, teacher, projectors, images, labels).backward()
+            step(student, teacher, projectors, images, labels).backward()  # rsd
             torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)  # the projectors stay out of the norm
             optimizer.step()
     result = accuracy(student, loader(test))

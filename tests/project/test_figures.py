@@ -99,3 +99,46 @@ def test_ranges_of_speed():
                 assert re.search(rf"\b{round(x, 2 if x < 10 else None):g}\b", part), (x, part)
             if is_tall or compiled == "False":  # the page leaves out the memory of wide inputs compiled
                 assert f"{min(memory):.0f} to {max(memory):.0f} %" in part
+
+
+TEACHERS = {
+    "ImageNet network as it is, 1,280 features": "raw1280",
+    "adapted to the task, 256 features": "adapted256",
+    "adapted to the task, 1,280 features": "adapted1280",
+    "ResNet trained on the task, 256 features": "resnet",
+}
+
+
+def test_table_of_the_weight_on_the_mean():
+    lines = [x for x in results("redundancy") if x["method"] == "rsd" and x["batch"] == "128" and x["kappa"] == "0"]
+    for title, teacher in TEACHERS.items():
+        own = [x for x in lines if x["teacher"] == teacher]
+        cells = [cell([x for x in own if x["weight"] == weight]) for weight in ("1", "3", "10", "25", "100", "400")]
+        assert f"\n| {' | '.join([title, *cells])} |\n" in page("settings")
+
+
+def test_change_at_each_share_of_the_redundancy():
+    """Against kappa = 0 with the same teacher and seed, over all teachers."""
+    known = {x["teacher"]: float(x["redundancy"]) for x in results("redundancy_teachers") if x["batch"] == "128"}
+    lines = [x for x in results("redundancy") if (x["method"], x["batch"], x["weight"]) == ("rsd", "128", "25")]
+    none = {(x["teacher"], x["seed"]): float(x["test"]) for x in lines if x["kappa"] == "0"}
+    changes = {}
+    for line in lines:
+        share = round(float(line["kappa"]) * known[line["teacher"]], 2)
+        changes.setdefault(share, []).append(float(line["test"]) - none[line["teacher"], line["seed"]])
+    for share in (0.1, 0.3, 1.0):
+        values = changes[share]
+        text = f"by {statistics.mean(values):+.1f} ± {statistics.stdev(values):.1f} points ({len(values)} runs)"
+        assert re.search(rf"at .*\b{share:g} .*{re.escape(text)}", " ".join(page("settings").split()))
+
+
+def test_table_of_a_pretrained_teacher():
+    lines = [x for x in results("redundancy") if x["batch"] == "128" and x["kappa"] in ("", "0")]
+    others = {"KD": ("kd", "9"), "DIST": ("dist", "1"), "FitNets": ("fitnet", "100")}
+    ours = {"RSD": ("rsd", "25"), "RSD on positions": ("rsd_positions", "10"), "both": ("rsd_both", "10")}
+    for title, which in {**others, **ours}.items():
+        own = [x for x in lines if (x["method"], x["weight"]) == which]
+        cells = [cell([x for x in own if x["teacher"] == teacher]) for teacher in ("raw1280", "adapted256")]
+        assert f"\n| {' | '.join([title, *cells])} |\n" in page("evidence")
+    alone = cell([x for x in lines if x["method"] == "none"])
+    assert f"\n| student alone | {alone} | {alone} |\n" in page("evidence")
