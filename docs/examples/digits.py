@@ -9,8 +9,8 @@ Two more students have the same labels, initial weights, batches and hyperparame
 teacher that was never trained: it shows how much of the gain comes from the unlabelled images alone. Learning rate and
 weight decay are those with which the student alone does best on the validation images.
 
-Run it with ``python docs/examples/digits.py``; it takes about two minutes on two CPU cores. ``--width 768`` takes a wide
-teacher, and ``--width 768 --kappa 0.01`` shows what the paper's kappa costs with one.
+Run it with ``python docs/examples/digits.py``; it takes about two minutes on two CPU cores. ``--width 768`` takes a
+wide teacher, and ``--width 768 --kappa 0.01`` shows what the paper's kappa costs with one.
 """
 
 import argparse
