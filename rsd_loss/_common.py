@@ -138,9 +138,8 @@ def no_autocast(device: str) -> AbstractContextManager[object]:
 
 def refuse_second_derivative(x: Tensor, *inputs: Tensor) -> Tensor:
     """A copy of x that raises a clear error where it is differentiated with respect to itself or the inputs."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(
-        x
-    ):  # is_grads_batched=True and create_graph=True
+    # Batched by is_grads_batched=True, with create_graph=True.
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x):
         raise_no_second_derivative()
     copy: Tensor = _refuse_op(x, list(inputs))
     return copy

@@ -187,7 +187,8 @@ def _norm_and_scale(squares: Tensor, rows: int, eps: float) -> tuple[Tensor, Ten
     squares = squares.clamp_min(torch.finfo(squares.dtype).tiny)
     norm = squares.sqrt()
     # Over n^2 + eps sqrt(B) n, as inf / inf is NaN: an overflow must show, and not pass for a dead column.
-    return norm, norm / torch.add(squares, norm, alpha=eps * rows**0.5)
+    # Not as torch.add(..., alpha=...): a compiler that keeps eps as a symbol would have to start over.
+    return norm, norm / (squares + norm * (eps * rows**0.5))
 
 
 def _blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:

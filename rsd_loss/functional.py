@@ -89,7 +89,7 @@ def rsd_loss(
         teacher: (B, D) teacher embeddings of the same samples in the same order. A teacher that requires grad gets
             its gradient; use ``torch.no_grad()`` around a frozen one.
         kappa: Weight of the decorrelation term. The paper's 0.01 is for teachers with a redundancy R of up to about 10
-            (``rsd_loss.diagnostics.redundancy``); kappa R of 0.3 costs accuracy. 0 is safe for any teacher.
+            (``rsd_loss.diagnostics.redundancy``); kappa R of 0.3 costs accuracy. 0 did no harm with any teacher.
         eps: Added to the standard deviation (outside the root), in the units of the embeddings.
         reduction: ``"sum"`` is the paper's loss; ``"mean"`` divides it by D, so that its size hardly depends on
             the width; ``"none"`` gives the (D,) losses of the student's features.

@@ -21,7 +21,7 @@ class RSDLoss(nn.Module):
 
     Args:
         kappa: Weight of the decorrelation term. The paper's 0.01 is for teachers with a redundancy R of up to about 10
-            (``rsd_loss.diagnostics.redundancy``); kappa R of 0.3 costs accuracy. 0 is safe for any teacher.
+            (``rsd_loss.diagnostics.redundancy``); kappa R of 0.3 costs accuracy. 0 did no harm with any teacher.
         eps: Added to the standard deviation, in the units of the embeddings.
         reduction: ``"sum"`` (the paper), ``"mean"`` or ``"none"``.
         gather_distributed: Take the global batch, of all processes in ``process_group``.

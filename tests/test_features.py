@@ -101,6 +101,19 @@ def test_any_number_of_tokens_in_one_graph():
         assert all(map(torch.equal, got, dense_pairs(tokens, tokens)))
 
 
+class Pairs(torch.nn.Module):
+    def forward(self, feature_map, tokens):
+        return dense_pairs(feature_map, tokens, grid=tuple(feature_map.shape[2:]))
+
+
+def test_an_exported_grid_stays_a_symbol():
+    dynamic = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}, {1: torch.export.Dim.DYNAMIC}
+    example = torch.randn(2, 3, 4, 4), torch.randn(2, 16, 3)
+    exported = torch.export.export(Pairs(), example, dynamic_shapes=dynamic).module()
+    larger = torch.randn(2, 3, 5, 5), torch.randn(2, 25, 3)
+    torch.testing.assert_close(exported(*larger), Pairs()(*larger))
+
+
 def test_gradient_reaches_the_features_compiled():
     student = torch.randn(2, 6, 4, 4, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(2, 5, 6, dtype=torch.float64)
