@@ -113,7 +113,8 @@ AFTER = """
 everyones = [torch.zeros(()) for _ in range(2)]
 dist.all_gather(everyones, criterion(projected, target).detach())
 trained = (model.module.projector.norm.weight != 1).all().item()
-print("same loss" if everyones[0] == everyones[1] else everyones, trained)
+told = "same loss" if everyones[0] == everyones[1] else everyones
+print(f"{told} {trained}\\n", end="")  # in one piece, as both processes write to one pipe
 del loss
 dist.destroy_process_group()
 """
