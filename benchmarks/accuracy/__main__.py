@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -27,7 +26,7 @@ from benchmarks.accuracy.cache import rank_and_world, wait
 from benchmarks.accuracy.distilling import distil, teacher_of
 from benchmarks.accuracy.methods import method_named
 from benchmarks.accuracy.paper import Paper
-from benchmarks.accuracy.runs import Run, append, finished
+from benchmarks.accuracy.runs import Run, append, finished, told
 from benchmarks.accuracy.training import Bench
 
 TASKS = {
@@ -138,10 +137,7 @@ def start(args: argparse.Namespace, progress: Progress, argv: Sequence[str] | No
     device = torch.device(args.device)
     # On a CPU in bfloat16, torch's fused attention is slower: 0.43 s against 0.15 s for a step of vit_small on a core.
     set_fused_attn(device.type != "cpu")
-    # Where one machine keeps its images and its cache is of no use on another.
-    given = sys.argv[1:] if argv is None else argv
-    words = [Path(word).name if Path(word).is_absolute() or Path(word).is_dir() else word for word in given]
-    origin = records.origin("benchmarks.accuracy", words, device, torch.get_num_threads())
+    origin = records.origin("benchmarks.accuracy", told(argv), device, torch.get_num_threads())
     if dist.is_torchelastic_launched():
         launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
         origin["command"] = origin["command"].replace("python", launcher, 1)

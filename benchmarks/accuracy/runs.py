@@ -1,6 +1,8 @@
 """The CSV of runs: one line for each finished run."""
 
 import csv
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -49,6 +51,12 @@ KEY = COLUMNS[: COLUMNS.index("warmup") + 1]
 
 def cell(value: object) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def told(argv: Sequence[str] | None) -> list[str]:
+    """The words of a command, of paths their names only: where one machine keeps its files is of no use on another."""
+    given = sys.argv[1:] if argv is None else argv
+    return [Path(word).name if Path(word).is_absolute() or Path(word).is_dir() else word for word in given]
 
 
 def append(run: Run, path: Path) -> None:

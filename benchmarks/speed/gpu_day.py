@@ -102,14 +102,13 @@ def launches(rows: Iterable[Row], device: torch.device) -> Iterator[str]:
 
 def tune(rows: Iterable[Row], device: torch.device, seconds: float) -> Iterator[str]:
     """Times each row with every tile."""
-    options: list[dict[str, int]] = [{"_BLOCK_R": r, "_BLOCK_C": c} for r, c in TILES]
     for row in rows:
         times = []
-        for option in options:
-            with patch.multiple(_triton, **option):
+        for height, width in TILES:
+            with patch.multiple(_triton, _BLOCK_R=height, _BLOCK_C=width):
                 tried = replace(row)
                 cell(tried, device, seconds)
-            label = " ".join(f"{name.strip('_').lower()}={value}" for name, value in option.items())
+            label = f"block_r={height} block_c={width}"
             times.append((tried.median_ms or float("inf"), label))
             yield f"{row.rows} x {row.features} {label}: {short(tried.median_ms)} ms"
         (fastest, label), (now, _) = min(times), times[0]

@@ -82,6 +82,7 @@ def test_the_microbenchmark_its_table_and_plot(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(bench, "SECONDS", 0.005)
     path = tmp_path / "new" / "a.csv"
+    command = "python -m benchmarks --shapes 128x64 16x256 --value"
     bench.main(["--shapes", "128x64", "16x256", "--value", "--csv", str(path), "--plot", str(tmp_path / "plot.png")])
     out = capsys.readouterr().out
     assert "128 x 64, value" in out
@@ -93,7 +94,7 @@ def test_the_microbenchmark_its_table_and_plot(tmp_path, capsys, monkeypatch):
             assert row.status == "ok"
             assert min(row.median_ms, row.limit_ms, row.peak_bytes, row.operations) > 0
             assert row.threads == torch.get_num_threads()
-            assert row.command.startswith(f"python -m benchmarks --shapes 128x64 16x256 --value --csv {path}")
+            assert row.command == f"{command} --csv {path} --plot {tmp_path / 'plot.png'}"
     assert {row.status[:8] for row in rows if row.contestant == "triton"} == {"missing:"}
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -137,29 +138,40 @@ def test_committed_results_are_read():
     assert "| 4 | 128 x 768 | 145 | 83.3 | 57.6 | 1.45x |" in processes.markdown(rows)
 
 
-def sends(rank, group, rows, features):
-    student, teacher = (x[rank * rows :][:rows].clone() for x in pair(SIZE * rows, features, torch.float64))
+def on_paper(rows, features, processes, itemsize, grad):
+    """Bytes that each contestant sends per process and step, `rows` of the batch being in each process."""
+    batch, others, sums, exchanged = rows * processes, processes - 1, max(itemsize, 4), 0
+    if features <= batch:  # means in float64, squares, P; the upstream, and for half precision the column sums
+        summed = 16 * features + (2 * features + features**2 + grad * (1 + (itemsize < 4)) * features) * sums
+    else:  # both embeddings, and the student's gradient back; K, the three vectors of the result and their gradient
+        exchanged = (2 + grad) * rows * features * itemsize
+        summed = (batch**2 + (1 + grad) * 3 * features) * sums
+    gathered = (2 + grad) * rows * features * itemsize * others  # embeddings, and the student's gradient
+    # The processes tell each other 16 numbers of 8 bytes first. A ring sends a sum twice, less each process's share.
+    ours = 16 * 8 * others + round((exchanged + 2 * summed) * others / processes)
+    return {"gather+reference": gathered, "gather+fused": gathered, "distributed": ours}
+
+
+def sends_as_on_paper(rank, group, rows, features, dtype, mode):
+    student, teacher = (x[rank * rows :][:rows].clone() for x in pair(SIZE * rows, features, dtype))
     student.requires_grad_()
     first, found = None, {}
     for name in contestants.DISTRIBUTED:
-        row = processes.Row(name, SIZE, rows, features, "float64", "", "value_and_grad")
+        row = processes.Row(name, SIZE, rows, features, str(dtype), "", mode)
         with processes.SentBytes() as sent:
             out = measure.make_step(row, student, teacher)()
         found[name] = round(processes.over_processes(sent.count, torch.distributed.ReduceOp.SUM) / SIZE)
-        first = out if first is None else first
-        torch.testing.assert_close(out, first)  # they compute the same loss
-    # The processes tell each other 16 numbers of 8 bytes first. A ring sends 3/4 of what is summed, twice.
-    if features <= SIZE * rows:  # by rows: P, and means, squares and the upstream of the gradient
-        ours = 3 * 128 + 1.5 * 8 * (features**2 + 2 * 2 * features + features)
-    else:  # by features: 3/4 of the embeddings and the gradient go to others; K, and six vectors of the result
-        ours = 3 * 128 + 0.75 * 3 * rows * features * 8 + 1.5 * 8 * ((SIZE * rows) ** 2 + 6 * features)
-    gathered = 3 * 3 * rows * features * 8
-    assert found == {"gather+reference": gathered, "gather+fused": gathered, "distributed": ours}
+        if dtype == torch.float64:  # they compute the same loss
+            first = out if first is None else first
+            torch.testing.assert_close(out, first)
+    assert found == on_paper(rows, features, SIZE, dtype.itemsize, mode == "value_and_grad")
 
 
+@pytest.mark.parametrize("mode", ["value_and_grad", "value"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("features", [15, 16, 17, 50])  # of 16 rows in all
-def test_what_each_process_sends(pool, features):
-    pool.run(SIZE, sends, 4, features)
+def test_sends_as_on_paper(pool, features, dtype, mode):
+    pool.run(SIZE, sends_as_on_paper, 4, features, dtype, mode)
 
 
 def test_several_processes(monkeypatch):
@@ -168,7 +180,7 @@ def test_several_processes(monkeypatch):
     for row in rows:
         assert (row.status, row.processes, row.threads, row.device) == ("ok", 2, 1, "here")
         assert min(row.median_ms, row.peak_bytes) > 0
-        assert row.sent_bytes > 0
+        assert row.sent_bytes == on_paper(row.rows, row.features, 2, 4, True)[row.contestant]
     out = printed(processes.table(rows))
     assert out.count("gather+reference") == 2
     assert "…" not in out
