@@ -1,10 +1,11 @@
 """How kappa and the weight suit teachers of many redundancies: `python -m benchmarks.accuracy.redundancy --data ...`.
 
-Trains one small student (vit_coarse) under teachers that hold much the same in more or fewer features. `raw1280` is
+Trains a small student under teachers that hold much the same in more or fewer features. `raw1280` is
 EfficientNet-Lite0 with its ImageNet weights, from the extra "pretrained"; it has never seen these classes. `adapted` is
 the same behind a small head, trained for seconds. `spread` has its 64 principal directions, whitened, in more features.
-`resnet` learned here. Kappa is given as kappa R, with the redundancy R of a batch, and the weight on the mean over
-features. If you stop it, the same command goes on; two commands may share the file.
+`resnet`, `vit` and the other networks of this task learned here. Kappa is given as kappa R, with the redundancy R of a
+batch, and the weight on the mean over features. If you stop it, the same command goes on; two commands may share the
+file.
 """
 
 import argparse
@@ -26,14 +27,12 @@ from benchmarks import records
 from benchmarks.accuracy import classification, training
 from benchmarks.accuracy.cache import kept
 from benchmarks.accuracy.data import in_views, normalise
-from benchmarks.accuracy.distilling import take, teacher_of
+from benchmarks.accuracy.distilling import setup, take, teacher_of
 from benchmarks.accuracy.methods import METHODS, Setup, Term, embeddings, positions, projected
-from benchmarks.accuracy.networks import Outputs
 from benchmarks.accuracy.runs import Run, append, finished, told
 from benchmarks.accuracy.training import Bench
 from rsd_loss import diagnostics
 
-STUDENT = "vit_coarse"
 OURS = {"rsd": (embeddings,), "rsd_positions": (positions,), "rsd_both": (embeddings, positions)}
 FACTS = ("teacher", "features", "batch", "redundancy", "class_share", "accuracy")
 
@@ -158,14 +157,10 @@ def term_of(setup: Setup, added: nn.ModuleList, name: str) -> Term:
 def distil(bench: Bench, run: Run, teacher: Teacher) -> None:
     teach = partial(take, teacher.outputs)
     torch.manual_seed(run.seed)
-    student, added = bench.model(STUDENT), nn.ModuleList()
-    images = next(iter(bench.data.shown(bench.data.train)))[:2]
-    with torch.no_grad():
-        student.eval()
-        outputs: tuple[Outputs, Outputs] = bench.outputs(STUDENT, student, images), teach(images, torch.arange(2))
-    head = student.get_classifier()
-    term = term_of(Setup(*outputs, head, head, run.kappa or 0.0), added, run.method)
-    training.fit(bench, STUDENT, student, run, term, added, teach)
+    student, added = bench.model(run.pair), nn.ModuleList()
+    # No method here asks for the teacher's classifier, so the student stands in for the model.
+    term = term_of(setup(bench, run.pair, student, student, teach, run), added, run.method)
+    training.fit(bench, run.pair, student, run, term, added, teach)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,10 +168,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--data", required=True, type=classification.source, help=classification.source.__doc__)
     add("--teachers", nargs="+", default=["raw1280", "adapted256", "adapted1280", "spread1280", "resnet"])
+    add("--student", default="vit_coarse", choices=classification.networks)
     add("--methods", nargs="+", default=["rsd"])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--kappa-r", nargs="+", type=float, default=[0.0, 0.1, 0.3, 1.0])
-    add("--weights", nargs="+", type=float, default=[25.0], help="of our terms, on the mean over features")
+    add("--weights", nargs="+", type=float, help="of our terms on the mean; by default 25, and the others' own")
     add("--batch", type=int, default=128)
     add("--epochs", type=int, default=10)
     add("--teacher-epochs", type=int, default=15, help="of a teacher trained here")
@@ -186,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.views, args.device, args.bfloat16, args.compile = 4, "cpu", True, False
     torch.set_num_threads(1)
     data = classification.load(args, torch.device("cpu"))
-    alike = {"data": Path(args.data).name, "labelled": 1, "pair": STUDENT, "views": args.views, "processes": 1}
+    alike = {"data": Path(args.data).name, "labelled": 1, "pair": args.student, "views": args.views, "processes": 1}
     alike |= {"precision": "bfloat16", "epochs": args.epochs, "batch": args.batch, "warmup": 0.0}
     with Progress() as progress:
         origin = records.origin("benchmarks.accuracy.redundancy", told(argv), torch.device("cpu"), 1)
@@ -199,9 +195,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             teacher = teacher_named(bench, base)
             known = facts(bench, base, teacher)
             record(known, args.csv.with_stem(f"{args.csv.stem}_teachers"))
-            for share, weight in itertools.product(args.kappa_r, args.weights) if method in OURS else [(None, None)]:
+            ours = method in OURS
+            weights = args.weights or [25.0 if ours else METHODS[method].weight]
+            for share, weight in itertools.product(args.kappa_r if ours else [None], weights):
                 run = Run(**vars(base))
-                run.weight = METHODS[method].weight if weight is None else weight
+                run.weight = weight
                 if share is not None:
                     run.reduction, run.kappa = "mean", share / float(known["redundancy"])
                 if run.key not in finished(args.csv):
