@@ -31,6 +31,7 @@ networks = {
     "vit_small": Network(lambda classes: vit(classes, 96, 3), EQUAL, **ADAMW),
     "vit_coarse": Network(lambda classes: vit(classes, 96, 3, patch=8), EQUAL, **ADAMW),
     "resmlp_small": Network(lambda classes: resmlp(classes, 96), EQUAL, **ADAMW),
+    "resmlp_coarse": Network(lambda classes: resmlp(classes, 96, patch=8), EQUAL, **ADAMW),
 }
 pairs = {  # teacher, student
     "cnn_vit": ("resnet", "vit_small"),

@@ -78,8 +78,8 @@ def vit(
     return VisionTransformer(num_classes=classes, class_token=False, global_pool="avg", mlp_ratio=2, **shape)
 
 
-def resmlp(classes: int, width: int, depth: int = 6) -> MlpMixer:
-    shape = {"img_size": SIDE, "patch_size": 4, "embed_dim": width, "num_blocks": depth, "mlp_ratio": 4}
+def resmlp(classes: int, width: int, depth: int = 6, patch: int = 4) -> MlpMixer:
+    shape = {"img_size": SIDE, "patch_size": patch, "embed_dim": width, "num_blocks": depth, "mlp_ratio": 4}
     return MlpMixer(num_classes=classes, block_layer=ResBlock, norm_layer=Affine, **shape)
 
 

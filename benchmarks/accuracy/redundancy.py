@@ -51,14 +51,14 @@ def lite0() -> nn.Module:
 
 
 @torch.no_grad()
-def features_of(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def features_of(bench: Bench, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled features (N, 1280) and last maps (N, 320, 4, 4) of images as students see them."""
     maps: list[Tensor] = []
     hook = network._conv_head.register_forward_pre_hook(lambda module, given: maps.append(given[0].half()))
     features = []
     for batch in images.split(128):
         batch = F.interpolate((batch * 64 + 120) / 127.5 - 1, (128, 128), mode="bilinear")
-        with torch.autocast("cpu", torch.bfloat16):  # in half the time
+        with bench.autocast():
             features.append(network.extract_features(batch).float().mean(dim=(2, 3)))
     hook.remove()
     return torch.cat(features), torch.cat(maps)
@@ -70,9 +70,9 @@ def pretrained(bench: Bench) -> list[Tensor]:
     count, views = data.views.shape[:2]
     for rows in torch.arange(count * views).split(1024):
         image, view = rows // views, rows % views
-        found.append(features_of(network, in_views(data.train, image, data.views[image, view])[0]))
+        found.append(features_of(bench, network, in_views(data.train, image, data.views[image, view])[0]))
     features, maps = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return [features, maps, features_of(network, normalise(data.test.images))[0]]
+    return [features, maps, features_of(bench, network, normalise(data.test.images))[0]]
 
 
 def head_on(features: Tensor, labels: Tensor, classes: int, hidden: int) -> nn.Sequential:
@@ -102,12 +102,13 @@ def spread(features: Tensor, width: int, directions: int = 64) -> Tensor:
 def teacher_named(bench: Bench, run: Run) -> Teacher:
     """A network trained here, or one of raw, adapted and spread with its number of features, as in adapted256."""
     data, cache = bench.data, bench.args.cache
+    which = f"{run.precision}-{data.fingerprint}.pt"
     if run.teacher in classification.networks:
         _, row, teach = teacher_of(bench, run, run.teacher)
         return Teacher(teach.args[0], row.test)  # what `take` looks up in
 
     def make() -> list[Tensor]:
-        features, maps, tested = kept(cache / f"lite0-{data.fingerprint}.pt", lambda: pretrained(bench), bench.device)
+        features, maps, tested = kept(cache / f"lite0-{which}", lambda: pretrained(bench), bench.device)
         labels = data.train.labels.repeat_interleave(run.views)
         kind, width = re.fullmatch("(raw|adapted|spread)([0-9]+)", run.teacher).groups()
         torch.manual_seed(0)
@@ -117,7 +118,7 @@ def teacher_named(bench: Bench, run: Run) -> Teacher:
             logits, embedding = head(features), head[:3](features) if kind == "adapted" else features
         return [logits, spread(features, int(width)) if kind == "spread" else embedding, maps, right]
 
-    logits, embedding, maps, right = kept(cache / f"{run.teacher}-{data.fingerprint}.pt", make, bench.device)
+    logits, embedding, maps, right = kept(cache / f"{run.teacher}-{which}", make, bench.device)
     return Teacher([logits, embedding, *[maps] * 4], right.item())
 
 
@@ -176,14 +177,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batch", type=int, default=128)
     add("--epochs", type=int, default=10)
     add("--teacher-epochs", type=int, default=15, help="of a teacher trained here")
+    add("--bfloat16", action="store_true", help="autocast: faster where the processor has it, else far slower")
     add("--cache", type=Path, default=Path.home() / ".cache" / "rsd-loss")
     add("--csv", type=records.output, default=records.RESULTS / "redundancy.csv")
     args = parser.parse_args(argv)
-    args.views, args.device, args.bfloat16, args.compile = 4, "cpu", True, False
+    args.views, args.device, args.compile = 4, "cpu", False
     torch.set_num_threads(1)
     data = classification.load(args, torch.device("cpu"))
     alike = {"data": Path(args.data).name, "labelled": 1, "pair": args.student, "views": args.views, "processes": 1}
-    alike |= {"precision": "bfloat16", "epochs": args.epochs, "batch": args.batch, "warmup": 0.0}
+    alike |= {"epochs": args.epochs, "batch": args.batch, "warmup": 0.0}
+    alike |= {"precision": "bfloat16" if args.bfloat16 else "float32"}
     with Progress() as progress:
         origin = records.origin("benchmarks.accuracy.redundancy", told(argv), torch.device("cpu"), 1)
         bench = Bench(classification, data, args, progress, origin)
