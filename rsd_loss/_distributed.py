@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,15 +25,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from rsd_loss._common import product_dtype
+from rsd_loss._common import no_autocast, product_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Losses = tuple[Tensor, Tensor, Tensor]
-
-# torch 2.14 renamed it and warns at the old name.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 class Shard(NamedTuple):
@@ -179,10 +176,21 @@ def gather_ints(numbers: list[int], student: object, group: "ProcessGroup") -> l
     if "cpu" in dist.get_backend_config(group):  # need not wait for work queued on a GPU
         device = torch.device("cpu")
     sent = torch.tensor(numbers + [0] * (16 - len(numbers)), device=device or torch.accelerator.current_accelerator())
-    received = sent.new_empty(dist.get_world_size(group) * 16)
-    _all_gather(received, sent, group=group)
+    received = _wait("all_gather_into_tensor", sent, dist.get_world_size(group), group)
     columns: list[list[int]] = received.view(-1, 16).T.tolist()
     return columns
+
+
+def _wait(collective: str, *args: Any) -> Tensor:
+    """What a collective returns; its group comes last.
+
+    Those of torch.distributed change a tensor in place. Activation checkpointing may keep the result of any operation,
+    and then would keep it changed.
+    """
+    *others, group = args
+    functional = torch.ops._c10d_functional
+    out: Tensor = functional.wait_tensor(getattr(functional, collective)(*others, group.group_name))
+    return out
 
 
 class _Sum(torch.autograd.Function):
@@ -191,10 +199,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: "ProcessGroup") -> Tensor:
         ctx.group = group
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
-        return x
+        return _wait("all_reduce", x.to(torch.promote_types(x.dtype, torch.float32)), "sum", group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -210,28 +215,15 @@ class _Exchange(torch.autograd.Function):
     ) -> Tensor:
         ctx.args = (rows, shares, group, not back)
         rank = dist.get_rank(group)
-        if not back:
-            pieces = torch.split(x, shares, dim=1)
-            return _send(pieces, [n * shares[rank] for n in rows], group).view(-1, shares[rank])
-        own = rows[rank]
-        received = _send(torch.split(x, rows), [own * n for n in shares], group)
-        parts = torch.split(received, [own * n for n in shares])
-        out = x.new_empty(own, sum(shares))
-        for part, columns in zip(parts, torch.split(out, shares, dim=1), strict=True):
-            columns.copy_(part.view(own, -1))
-        return out
+        by_rows, by_features = [n * shares[rank] for n in rows], [rows[rank] * n for n in shares]
+        with no_autocast(x.device.type):  # under it, torch.cat would widen dtypes
+            if back:
+                received = _wait("all_to_all_single", x.flatten(), by_features, by_rows, group)
+                return torch.cat([part.view(rows[rank], -1) for part in torch.split(received, by_features)], dim=1)
+            sent = torch.cat([piece.flatten() for piece in torch.split(x, shares, dim=1)])
+            return _wait("all_to_all_single", sent, by_rows, by_features, group).view(-1, shares[rank])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Embeddings and gradients travel in their own dtype, so nothing is rounded on the way.
         return _Exchange.apply(grad, *ctx.args), None, None, None, None
-
-
-def _send(pieces: Sequence[Tensor], sizes: list[int], group: "ProcessGroup") -> Tensor:
-    """Sends piece i to process i; returns what the processes sent here, flat and in their order."""
-    lengths = [piece.numel() for piece in pieces]
-    sent, received = pieces[0].new_empty(sum(lengths)), pieces[0].new_empty(sum(sizes))
-    for piece, place in zip(pieces, torch.split(sent, lengths), strict=True):
-        place.view(piece.shape).copy_(piece)  # torch.cat would widen dtypes under autocast
-    dist.all_to_all_single(received, sent, sizes, lengths, group=group)
-    return received

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import pair, upstream
+from test_modes import check_whatever_is_kept
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -505,6 +506,17 @@ def autocast_and_checkpointing(rank, group, rows, features, implementation, dtyp
 @pytest.mark.parametrize("features", [6, 40])
 def test_autocast_and_checkpointing(pool, features, implementation, dtype):
     pool.run(2, autocast_and_checkpointing, (9, 12), features, implementation, dtype)
+
+
+def selective_checkpointing(rank, group, rows, features, implementation):
+    student, teacher = (own(rank, rows, x).requires_grad_() for x in pair(sum(rows), features))
+    check_whatever_is_kept(gathered(group, implementation=implementation), student, teacher)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("rows", "features"), [((4, 4), 20), ((11, 9), 8), ((1100, 3), 6)], ids=str)
+def test_selective_checkpointing(pool, rows, features, implementation):
+    pool.run(2, selective_checkpointing, rows, features, implementation)
 
 
 def other_groups(rank, _):

@@ -43,23 +43,20 @@ def test_second_derivative_of_the_reference(shape):
         assert torch.autograd.gradgradcheck(lambda s: rsd_loss(s, teacher, **settings), student)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_selective_checkpointing(shape, implementation):
-    """Whatever a policy keeps: each operation alone, and all. One that was changed in place would be kept wrong."""
-    student, teacher = (x.requires_grad_() for x in pair(*shape))
-    criterion = functools.partial(rsd_loss, implementation=implementation)
+def check_whatever_is_kept(criterion, student, teacher):
+    """A policy may keep each operation alone, or all. One that is changed in place would be kept wrong."""
     want = torch.autograd.grad(criterion(student, teacher), (student, teacher))
-    operations = set()
+    operations = {}  # in their order, which processes share
 
     class Record(Watch):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            operations.add(function)
+            operations[function] = None
             return super().__torch_dispatch__(function, types, args, kwargs)
 
     with Record():
         criterion(student, teacher)
     assert len(operations) > 5
-    for kept in [*({operation} for operation in operations), operations]:
+    for kept in [*([operation] for operation in operations), list(operations)]:
 
         def policy(ctx, operation, *args, kept=kept, **kwargs):
             return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -68,6 +65,12 @@ def test_selective_checkpointing(shape, implementation):
         value = checkpoint(criterion, student, teacher, use_reentrant=False, context_fn=contexts)
         grads = torch.autograd.grad(value, (student, teacher))
         torch.testing.assert_close(grads, want, msg=lambda text, kept=kept: f"{text}, keeping {kept}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_selective_checkpointing(shape, implementation):
+    student, teacher = (x.requires_grad_() for x in pair(*shape))
+    check_whatever_is_kept(functools.partial(rsd_loss, implementation=implementation), student, teacher)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

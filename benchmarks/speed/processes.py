@@ -81,19 +81,20 @@ class SentBytes(TorchDispatchMode):
     count = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            group = dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
-            others = group.size() - 1
-            match func.overloadpacket.__name__:
-                case "allreduce_":
-                    self.count += 2 * sum(x.nbytes for x in args[0]) * others / group.size()
-                case "_allgather_base_":
-                    self.count += args[1].nbytes * others
-                case "alltoall_base_":
-                    sizes = args[4] or [args[1].shape[0] // group.size()] * group.size()
-                    self.count += args[1].nbytes * (1 - sizes[group.rank()] / sum(sizes))
-                case name:
-                    raise NotImplementedError(f"what {name} sends is not known here")
+        world, rank = dist.get_world_size(), dist.get_rank()
+        match func.overloadpacket.__name__:
+            case "all_reduce":
+                self.count += 2 * args[0].nbytes * (world - 1) / world
+            case "all_gather_into_tensor":
+                self.count += args[0].nbytes * (world - 1)
+            case "_allgather_base_":
+                self.count += args[1].nbytes * (world - 1)
+            case "all_to_all_single":
+                self.count += args[0].nbytes * (1 - args[2][rank] / sum(args[2]))
+            case "alltoall_base_":  # of equal parts
+                self.count += args[1].nbytes * (world - 1) / world
+            case name if "c10d" in func.namespace and name != "wait_tensor":
+                raise NotImplementedError(f"what {name} sends is not known here")
         return func(*args, **(kwargs or {}))
 
 
