@@ -176,20 +176,19 @@ def gather_ints(numbers: list[int], student: object, group: "ProcessGroup") -> l
     if "cpu" in dist.get_backend_config(group):  # need not wait for work queued on a GPU
         device = torch.device("cpu")
     sent = torch.tensor(numbers + [0] * (16 - len(numbers)), device=device or torch.accelerator.current_accelerator())
-    received = _wait("all_gather_into_tensor", sent, dist.get_world_size(group), group)
+    received = _collective("all_gather_into_tensor", sent, dist.get_world_size(group), group=group)
     columns: list[list[int]] = received.view(-1, 16).T.tolist()
     return columns
 
 
-def _wait(collective: str, *args: Any) -> Tensor:
-    """What a collective returns; its group comes last.
+def _collective(name: str, *args: Any, group: "ProcessGroup") -> Tensor:
+    """The result of a functional collective, once it is there.
 
     Those of torch.distributed change a tensor in place. Activation checkpointing may keep the result of any operation,
     and then would keep it changed.
     """
-    *others, group = args
     functional = torch.ops._c10d_functional
-    out: Tensor = functional.wait_tensor(getattr(functional, collective)(*others, group.group_name))
+    out: Tensor = functional.wait_tensor(getattr(functional, name)(*args, group.group_name))
     return out
 
 
@@ -199,7 +198,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: "ProcessGroup") -> Tensor:
         ctx.group = group
-        return _wait("all_reduce", x.to(torch.promote_types(x.dtype, torch.float32)), "sum", group)
+        return _collective("all_reduce", x.to(torch.promote_types(x.dtype, torch.float32)), "sum", group=group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -218,10 +217,10 @@ class _Exchange(torch.autograd.Function):
         by_rows, by_features = [n * shares[rank] for n in rows], [rows[rank] * n for n in shares]
         with no_autocast(x.device.type):  # under it, torch.cat would widen dtypes
             if back:
-                received = _wait("all_to_all_single", x.flatten(), by_features, by_rows, group)
+                received = _collective("all_to_all_single", x.flatten(), by_features, by_rows, group=group)
                 return torch.cat([part.view(rows[rank], -1) for part in torch.split(received, by_features)], dim=1)
             sent = torch.cat([piece.flatten() for piece in torch.split(x, shares, dim=1)])
-            return _wait("all_to_all_single", sent, by_rows, by_features, group).view(-1, shares[rank])
+            return _collective("all_to_all_single", sent, by_rows, by_features, group=group).view(-1, shares[rank])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

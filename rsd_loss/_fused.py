@@ -16,8 +16,8 @@ and through the standardisation, with u the upstream gradient of the losses,
 
 g is the gradient that reaches the norms. Centred columns sum to zero, so nothing flows through the mean. For the
 teacher the roles swap, and u stands inside the product. Statistics and vectors are float32 or wider, products in the
-dtype of the input or of autocast. What runs in forward changes no tensor in place: activation
-checkpointing may keep the result of any operation.
+dtype of the input or of autocast. What runs in forward changes no tensor in place: activation checkpointing may keep
+the result of any operation.
 """
 
 from typing import Any
