@@ -16,7 +16,10 @@ TEACHERS = {
     "adapted256": "adapted to the task",
     "adapted1280": "adapted to the task",
     "spread1280": "64 directions, spread",
-    "resnet": "trained on the task",
+    "spread2048": "64 directions, spread",
+    "resnet": "ResNet trained on the task",
+    "resnet_small": "ResNet trained on the task",
+    "vit_small": "ViT trained on the task",
 }
 
 
@@ -49,25 +52,27 @@ def gain(path: Path) -> None:
 
 def redundancy(path: Path) -> None:
     """The change in test accuracy against kappa = 0 with the same seed, over kappa R, for every teacher."""
-    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot()
-    known = {line["teacher"]: line for line in read("redundancy_teachers", batch="128")}
+    known = {(line["teacher"], line["precision"]): line for line in read("redundancy_teachers", batch="128")}
+    setting = {"pair": "vit_coarse", "method": "rsd", "batch": "128", "epochs": "10", "weight": "25"}
     for teacher, told in TEACHERS.items():
-        features, value = (float(known[teacher][name]) for name in ("features", "redundancy"))
         tests: dict[float, dict[str, float]] = {}
-        for line in read("redundancy", teacher=teacher, method="rsd", batch="128", weight="25"):
-            tests.setdefault(round(float(line["kappa"]) * value, 3), {})[line["seed"]] = float(line["test"])
+        for line in read("redundancy", teacher=teacher, **setting):
+            found = known[teacher, line["precision"]]
+            share = round(float(line["kappa"]) * float(found["redundancy"]), 2)
+            tests.setdefault(share, {})[line["seed"]] = float(line["test"])
         none = tests.pop(0.0)
-        points = {at: [test - none[seed] for seed, test in found.items()] for at, found in sorted(tests.items())}
-        label = f"{told}: D {features:.0f}, R {value:.0f}"
+        points = {at: [test - none[seed] for seed, test in runs.items()] for at, runs in sorted(tests.items())}
+        label = f"{told}: D {found['features']}, R {float(found['redundancy']):.0f}"
         means, errors = zip(*(moments(changes) for changes in points.values()), strict=True)
         axes.errorbar(list(points), means, errors, marker="o", markersize=4, capsize=2, label=label)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="kappa R", ylabel="test accuracy against kappa = 0, points")
-    axes.set_xticks([0.1, 0.3, 0.5, 1], ["0.1", "0.3", "0.5", "1"])
+    axes.set_xticks(shares := [0.03, 0.1, 0.2, 0.3, 0.5, 1], [f"{share:g}" for share in shares])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -32,9 +32,10 @@ from benchmarks.accuracy.methods import METHODS, Setup, Term, embeddings, positi
 from benchmarks.accuracy.runs import Run, append, finished, told
 from benchmarks.accuracy.training import Bench
 from rsd_loss import diagnostics
+from rsd_loss.reference import standardise
 
 OURS = {"rsd": (embeddings,), "rsd_positions": (positions,), "rsd_both": (embeddings, positions)}
-FACTS = ("teacher", "features", "batch", "redundancy", "class_share", "accuracy")
+FACTS = ("teacher", "features", "batch", "precision", "redundancy", "eigenvalue", "class_share", "accuracy")
 
 
 class Teacher(NamedTuple):
@@ -123,16 +124,21 @@ def teacher_named(bench: Bench, run: Run) -> Teacher:
 
 
 def facts(bench: Bench, run: Run, teacher: Teacher) -> dict[str, str]:
-    """R over batches of the run's size, and the share of the features' variance that lies between classes."""
+    """What may decide how a teacher suits.
+
+    Over batches of the run's size, R and the largest eigenvalue of the correlation. Over all images, the share of the
+    features' variance that lies between classes.
+    """
     embedding = teacher.outputs[1][:: run.views].clone()
     order = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(0))
     batches = [embedding[rows] for rows in order.split(run.batch)[:16] if len(rows) == run.batch]
-    found = torch.stack([diagnostics.redundancy(batch) for batch in batches]).mean().item()
-    z = (embedding - embedding.mean(dim=0)) / embedding.std(dim=0).clamp_min(1e-5)
+    redundancy = torch.stack([diagnostics.redundancy(batch) for batch in batches]).mean()
+    norms = torch.stack([torch.linalg.matrix_norm(standardise(batch, eps=1e-5), 2) for batch in batches])
     labels = F.one_hot(bench.data.train.labels, bench.data.classes).float()
-    means = labels.T @ z / labels.sum(dim=0)[:, None]
-    share = (means.square() * labels.mean(dim=0)[:, None]).sum(dim=0).mean().item()
-    values = (run.teacher, embedding.shape[1], run.batch, f"{found:.4g}", f"{share:.3g}", f"{teacher.accuracy:.4g}")
+    means = labels.T @ standardise(embedding, eps=1e-5) / labels.sum(dim=0)[:, None]
+    share = (means.square() * labels.mean(dim=0)[:, None]).sum(dim=0).mean()
+    numbers = redundancy, norms.square().mean() / run.batch, share, teacher.accuracy
+    values = run.teacher, embedding.shape[1], run.batch, run.precision, *(f"{float(x):.4g}" for x in numbers)
     return dict(zip(FACTS, map(str, values), strict=True))
 
 
@@ -172,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--student", default="vit_coarse", choices=classification.networks)
     add("--methods", nargs="+", default=["rsd"])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--kappa-r", nargs="+", type=float, default=[0.0, 0.1, 0.3, 1.0])
+    add("--kappa-r", nargs="*", type=float, default=[0.0, 0.1, 0.3, 1.0])
     add("--weights", nargs="+", type=float, help="of our terms on the mean; by default 25, and the others' own")
     add("--batch", type=int, default=128)
     add("--epochs", type=int, default=10)

@@ -227,7 +227,7 @@ def test_digits_example(tmp_path, capsys):
     printed = capsys.readouterr().out
     (shown,) = (text for comment, _, text in blocks("README.md") if comment.startswith("printed by: "))
     assert [line[:34] for line in shown.splitlines()] == [line[:34] for line in printed.splitlines()[1:6]]
-    labels = re.findall(r"^\| ([\w ]+) \| -?\d\.\d\d \|", TEXT["docs/settings.md"], re.MULTILINE)
+    labels = re.findall(r"^\| ([\w ]+) \| -?\d\.\d\d \| \d\.\d\d \|", TEXT["docs/settings.md"], re.MULTILINE)
     assert len(labels) == 3
     assert all(f"\n{label}  " in printed for label in labels)
 

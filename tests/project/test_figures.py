@@ -109,36 +109,84 @@ TEACHERS = {
 }
 
 
+def redundancy(**which):
+    """Lines of a batch of 128 and ten epochs, but for what is asked for."""
+    which = {"batch": "128", "epochs": "10"} | which
+    return [line for line in results("redundancy") if which.items() <= line.items()]
+
+
 def test_table_of_the_weight_on_the_mean():
-    lines = [x for x in results("redundancy") if x["method"] == "rsd" and x["batch"] == "128" and x["kappa"] == "0"]
+    lines = redundancy(pair="vit_coarse", method="rsd", kappa="0")
     for title, teacher in TEACHERS.items():
         own = [x for x in lines if x["teacher"] == teacher]
         cells = [cell([x for x in own if x["weight"] == weight]) for weight in ("1", "3", "10", "25", "100", "400")]
         assert f"\n| {' | '.join([title, *cells])} |\n" in page("settings")
 
 
-def test_change_at_each_share_of_the_redundancy():
-    """Against kappa = 0 with the same teacher and seed, over all teachers."""
-    known = {x["teacher"]: float(x["redundancy"]) for x in results("redundancy_teachers") if x["batch"] == "128"}
-    lines = [x for x in results("redundancy") if (x["method"], x["batch"], x["weight"]) == ("rsd", "128", "25")]
+def changes(**which):
+    """Kappa R to the teachers and changes of accuracy against kappa = 0 with the same teacher and seed."""
+    known = {(x["teacher"], x["precision"], x["batch"]): x["redundancy"] for x in results("redundancy_teachers")}
+    lines = redundancy(pair="vit_coarse", method="rsd", weight="25", **which)
     none = {(x["teacher"], x["seed"]): float(x["test"]) for x in lines if x["kappa"] == "0"}
-    changes = {}
-    for line in lines:
-        share = round(float(line["kappa"]) * known[line["teacher"]], 2)
-        changes.setdefault(share, []).append(float(line["test"]) - none[line["teacher"], line["seed"]])
-    for share in (0.1, 0.3, 1.0):
-        values = changes[share]
-        text = f"by {statistics.mean(values):+.1f} ± {statistics.stdev(values):.1f} points ({len(values)} runs)"
-        assert re.search(rf"at .*\b{share:g} .*{re.escape(text)}", " ".join(page("settings").split()))
+    found = {}
+    for x in lines:
+        share = float(x["kappa"]) * float(known[x["teacher"], x["precision"], x["batch"]])
+        change = float(x["test"]) - none[x["teacher"], x["seed"]]
+        found.setdefault(round(share, 2), []).append((x["teacher"], change))
+    return found
+
+
+def test_table_of_kappa():
+    columns = []
+    for share, runs in sorted(changes().items())[1:]:
+        values = [change for _, change in runs]
+        text = f"{statistics.mean(values):+.1f} ± {statistics.stdev(values):.1f}"
+        columns.append([f"{share:g}", text, str(len(values))])
+    for title, cells in zip(("kappa R", "change, points", "runs"), zip(*columns, strict=True), strict=True):
+        assert f"\n| {' | '.join([title, *cells])} |\n" in page("settings")
+
+
+def test_the_batch_and_the_epochs():
+    text = " ".join(page("settings").split())
+    costs = [
+        -statistics.mean(change for _, change in changes(teacher="raw1280", batch=batch)[0.3])
+        for batch in ("64", "128", "256")
+    ]
+    assert "a kappa R of 0.3 costs {:.1f}, {:.1f} and {:.1f} points".format(*costs) in text
+    long = changes(epochs="30")
+    assert f"0.1 changed test accuracy by {long[0.1][0][1]:+.1f} points and 0.3 by {long[0.3][0][1]:+.1f}" in text
+
+
+def test_what_the_harm_follows():
+    ratios = {}
+    for x in results("redundancy_teachers"):
+        if x["batch"] == "128" and x["eigenvalue"]:
+            ratios[x["teacher"]] = float(x["eigenvalue"]) / float(x["redundancy"])
+    by_redundancy, by_eigenvalue, harm = [], [], []
+    for share, runs in changes().items():
+        for teacher in {teacher for teacher, _ in runs} & ratios.keys() if share >= 0.3 else ():
+            by_redundancy.append(share)
+            by_eigenvalue.append(share * ratios[teacher])
+            harm.append(statistics.mean(change for name, change in runs if name == teacher))
+    missed = []
+    for x in (by_redundancy, by_eigenvalue):
+        slope, intercept = statistics.linear_regression(x, harm)
+        squares = [(intercept + slope * at - change) ** 2 for at, change in zip(x, harm, strict=True)]
+        missed.append(f"{statistics.mean(squares) ** 0.5:.1f} points")
+    text = " ".join(page("evidence").split())
+    assert f"by {missed[0]} (rms) over kappa R, and by {missed[1]} over kappa times the eigenvalue" in text
+    assert f"{min(ratios.values()):.1f} to {max(ratios.values()):.1f} times R" in text
 
 
 def test_table_of_a_pretrained_teacher():
-    lines = [x for x in results("redundancy") if x["batch"] == "128" and x["kappa"] in ("", "0")]
-    others = {"KD": ("kd", "9"), "DIST": ("dist", "1"), "FitNets": ("fitnet", "100")}
-    ours = {"RSD": ("rsd", "25"), "RSD on positions": ("rsd_positions", "10"), "both": ("rsd_both", "10")}
-    for title, which in {**others, **ours}.items():
-        own = [x for x in lines if (x["method"], x["weight"]) == which]
-        cells = [cell([x for x in own if x["teacher"] == teacher]) for teacher in ("raw1280", "adapted256")]
-        assert f"\n| {' | '.join([title, *cells])} |\n" in page("evidence")
-    alone = cell([x for x in lines if x["method"] == "none"])
-    assert f"\n| student alone | {alone} | {alone} |\n" in page("evidence")
+    names = {"KD": "kd", "DIST": "dist", "FitNets": "fitnet"}
+    names |= {"RSD": "rsd", "RSD on positions": "rsd_positions", "both": "rsd_both"}
+    rows = re.findall(r"^\| (\w[\w ]*), ([\d.]+) \| (.*) \|$", page("evidence"), re.MULTILINE)
+    assert {name for name, _, _ in rows} == set(names)
+    for name, weight, cells in rows:
+        lines = [x for x in redundancy(method=names[name], weight=weight) if x["kappa"] in ("", "0")]
+        columns = (("vit_coarse", "raw1280"), ("vit_coarse", "adapted256"), ("resmlp_coarse", "raw1280"))
+        own = [cell([x for x in lines if (x["pair"], x["teacher"]) == column]) for column in columns]
+        assert cells == " | ".join(own), (name, weight)
+    vit, mlp = (cell(redundancy(method="none", pair=pair)) for pair in ("vit_coarse", "resmlp_coarse"))
+    assert f"\n| student alone | {vit} | {vit} | {mlp} |\n" in page("evidence")
