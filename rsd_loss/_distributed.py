@@ -217,7 +217,7 @@ class _Exchange(torch.autograd.Function):
         by_rows, by_features = [n * shares[rank] for n in rows], [rows[rank] * n for n in shares]
         with no_autocast(x.device.type):  # under it, torch.cat would widen dtypes
             if back:
-                received = _collective("all_to_all_single", x.flatten(), by_features, by_rows, group=group)
+                received = _collective("all_to_all_single", x.contiguous().view(-1), by_features, by_rows, group=group)
                 return torch.cat([part.view(rows[rank], -1) for part in torch.split(received, by_features)], dim=1)
             sent = torch.cat([piece.flatten() for piece in torch.split(x, shares, dim=1)])
             return _collective("all_to_all_single", sent, by_rows, by_features, group=group).view(-1, shares[rank])
