@@ -13,6 +13,7 @@ import csv
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--student", default="vit_coarse", choices=classification.networks)
     add("--methods", nargs="+", default=["rsd"])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--kappa-r", nargs="*", type=float, default=[0.0, 0.1, 0.3, 1.0])
+    add("--kappa-r", nargs="*", type=float, default=[0.0, 0.1, 0.3, 1.0], help="with none, only measures the teachers")
     add("--weights", nargs="+", type=float, help="of our terms on the mean; by default 25, and the others' own")
     add("--batch", type=int, default=128)
     add("--epochs", type=int, default=10)
@@ -197,23 +198,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         origin = records.origin("benchmarks.accuracy.redundancy", told(argv), torch.device("cpu"), 1)
         bench = Bench(classification, data, args, progress, origin)
         set_fused_attn(False)
-        for seed, name, method in itertools.product(args.seeds, args.teachers, args.methods):
+        for seed, name in itertools.product(args.seeds, args.teachers):
             epochs = args.teacher_epochs if name in classification.networks else 0
-            base = Run(teacher=name, teacher_epochs=epochs, method=method, seed=seed, weight=0.0, kappa=None,
-                       reduction="", **alike)  # fmt: skip
+            base = Run(teacher=name, teacher_epochs=epochs, method="", seed=seed, weight=0.0, kappa=None, reduction="",
+                       **alike)  # fmt: skip
             teacher = teacher_named(bench, base)
             known = facts(bench, base, teacher)
             record(known, args.csv.with_stem(f"{args.csv.stem}_teachers"))
-            ours = method in OURS
-            weights = args.weights or [25.0 if ours else METHODS[method].weight]
-            for share, weight in itertools.product(args.kappa_r if ours else [None], weights):
-                run = Run(**vars(base))
-                run.weight = weight
-                if share is not None:
-                    run.reduction, run.kappa = "mean", share / float(known["redundancy"])
-                if run.key not in finished(args.csv):
-                    distil(bench, run, teacher)
-                    append(run, args.csv)
+            for method in args.methods:
+                ours = method in OURS
+                weights = args.weights or [25.0 if ours else METHODS[method].weight]
+                for share, weight in itertools.product(args.kappa_r if ours else [None], weights):
+                    run = replace(base, method=method, weight=weight)
+                    if share is not None:
+                        run.reduction, run.kappa = "mean", share / float(known["redundancy"])
+                    if run.key not in finished(args.csv):
+                        distil(bench, run, teacher)
+                        append(run, args.csv)
 
 
 if __name__ == "__main__":
