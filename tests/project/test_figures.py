@@ -153,6 +153,14 @@ def test_the_batch_and_the_epochs():
         for batch in ("64", "128", "256")
     ]
     assert "a kappa R of 0.3 costs {:.1f}, {:.1f} and {:.1f} points".format(*costs) in text
+    alone, one, middle, hundred = (
+        float(redundancy(teacher="raw1280", epochs="30", method=method, weight=weight, kappa=kappa)[0]["test"])
+        for method, weight, kappa in (("none", "0", ""), ("rsd", "1", "0"), ("rsd", "25", "0"), ("rsd", "100", "0"))
+    )
+    assert f"1, 25 and 100 gave {one:.1f}, {middle:.1f} and {hundred:.1f} (one seed; alone {alone:.1f})" in text
+    small = [redundancy(pair="resmlp_coarse", method="rsd", weight=weight) for weight in ("10", "25", "100")]
+    means = [statistics.mean(float(x["test"]) for x in lines) for lines in small]
+    assert "{:.1f}, {:.1f} and {:.1f} at 10, 25 and 100".format(*means) in text
     long = changes(epochs="30")
     assert f"0.1 changed test accuracy by {long[0.1][0][1]:+.1f} points and 0.3 by {long[0.3][0][1]:+.1f}" in text
 
@@ -182,7 +190,8 @@ def test_table_of_a_pretrained_teacher():
     names = {"KD": "kd", "DIST": "dist", "FitNets": "fitnet"}
     names |= {"RSD": "rsd", "RSD on positions": "rsd_positions", "both": "rsd_both"}
     rows = re.findall(r"^\| (\w[\w ]*), ([\d.]+) \| (.*) \|$", page("evidence"), re.MULTILINE)
-    assert {name for name, _, _ in rows} == set(names)
+    weights = {"KD": "9 1", "DIST": "1", "FitNets": "100 10", **dict.fromkeys(list(names)[3:], "10 25")}
+    assert [row[:2] for row in rows] == [(name, weight) for name in names for weight in weights[name].split()]
     for name, weight, cells in rows:
         lines = [x for x in redundancy(method=names[name], weight=weight) if x["kappa"] in ("", "0")]
         columns = (("vit_coarse", "raw1280"), ("vit_coarse", "adapted256"), ("resmlp_coarse", "raw1280"))
