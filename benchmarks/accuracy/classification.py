@@ -27,6 +27,7 @@ MAPS, EQUAL = (1, 2, 3, 4), (0, 1, 4, 5)
 networks = {
     "resnet": Network(lambda classes: resnet(classes, 32, 2), MAPS, **SGD),
     "resnet_small": Network(lambda classes: resnet(classes, 16, 1), MAPS, **SGD),
+    "resnet_wide": Network(lambda classes: resnet(classes, 64, 1), MAPS, **SGD),
     "vit": Network(lambda classes: vit(classes, 192, 6), EQUAL, **ADAMW),
     "vit_small": Network(lambda classes: vit(classes, 96, 3), EQUAL, **ADAMW),
     "vit_coarse": Network(lambda classes: vit(classes, 96, 3, patch=8), EQUAL, **ADAMW),
