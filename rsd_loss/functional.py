@@ -134,7 +134,8 @@ def cross_correlation(
 ) -> Tensor:
     """Cross-correlation matrix of two batches of embeddings, P = Zt' Zs / B.
 
-    Use it to inspect the matrix or to build your own loss; ``rsd_loss`` itself never forms it where D > B.
+    Use it to inspect the matrix or to build your own loss. ``rsd_loss`` forms it only where D <= B, or D <= 2 B for the
+    value alone.
 
     Args:
         student: (B, D_student) embeddings; B >= 2; float16, bfloat16, float32 or float64.

@@ -18,7 +18,9 @@ TEACHERS = {
     "spread1280": "64 directions, spread",
     "spread2048": "64 directions, spread",
     "resnet": "ResNet trained on the task",
+    "resnet_wide": "ResNet trained on the task",
     "resnet_small": "ResNet trained on the task",
+    "vit": "ViT trained on the task",
     "vit_small": "ViT trained on the task",
 }
 
@@ -51,19 +53,19 @@ def gain(path: Path) -> None:
 
 
 def redundancy(path: Path) -> None:
-    """The change in test accuracy against kappa = 0 with the same seed, over kappa R, for every teacher."""
+    """The change in test accuracy against kappa = 0 with the same seed and precision, over kappa R."""
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot()
     known = {(line["teacher"], line["precision"]): line for line in read("redundancy_teachers", batch="128")}
     setting = {"pair": "vit_coarse", "method": "rsd", "batch": "128", "epochs": "10", "weight": "25"}
     for teacher, told in TEACHERS.items():
-        tests: dict[float, dict[str, float]] = {}
+        tests: dict[float, dict[tuple[str, str], float]] = {}
         for line in read("redundancy", teacher=teacher, **setting):
             found = known[teacher, line["precision"]]
             share = round(float(line["kappa"]) * float(found["redundancy"]), 2)
-            tests.setdefault(share, {})[line["seed"]] = float(line["test"])
+            tests.setdefault(share, {})[line["seed"], line["precision"]] = float(line["test"])
         none = tests.pop(0.0)
-        points = {at: [test - none[seed] for seed, test in runs.items()] for at, runs in sorted(tests.items())}
+        points = {at: [test - none[which] for which, test in runs.items()] for at, runs in sorted(tests.items())}
         label = f"{told}: D {found['features']}, R {float(found['redundancy']):.0f}"
         means, errors = zip(*(moments(changes) for changes in points.values()), strict=True)
         axes.errorbar(list(points), means, errors, marker="o", markersize=4, capsize=2, label=label)

@@ -124,14 +124,14 @@ def test_table_of_the_weight_on_the_mean():
 
 
 def changes(**which):
-    """Kappa R to the teachers and changes of accuracy against kappa = 0 with the same teacher and seed."""
+    """Kappa R to the teachers and changes of accuracy against kappa = 0 with the same teacher, seed and precision."""
     known = {(x["teacher"], x["precision"], x["batch"]): x["redundancy"] for x in results("redundancy_teachers")}
-    lines = redundancy(pair="vit_coarse", method="rsd", weight="25", **which)
-    none = {(x["teacher"], x["seed"]): float(x["test"]) for x in lines if x["kappa"] == "0"}
+    lines = redundancy(**{"pair": "vit_coarse", "method": "rsd", "weight": "25"} | which)
+    none = {(x["teacher"], x["seed"], x["precision"]): float(x["test"]) for x in lines if x["kappa"] == "0"}
     found = {}
     for x in lines:
         share = float(x["kappa"]) * float(known[x["teacher"], x["precision"], x["batch"]])
-        change = float(x["test"]) - none[x["teacher"], x["seed"]]
+        change = float(x["test"]) - none[x["teacher"], x["seed"], x["precision"]]
         found.setdefault(round(share, 2), []).append((x["teacher"], change))
     return found
 
