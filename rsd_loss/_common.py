@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import operator
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any, NoReturn
@@ -19,10 +18,7 @@ def check_number(name: str, value: float) -> float:
     # A tensor is refused too: comparing it would read its value, a hidden device synchronisation.
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: pass a Python float")
-    try:
-        number = float(value)
-    except OverflowError:  # an int or a fraction beyond any float
-        number = math.inf
+    number = float(value)
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be a finite number that is not negative, got {value}")
     return number
@@ -30,17 +26,11 @@ def check_number(name: str, value: float) -> float:
 
 def check_integer(name: str, value: int, least: int = 1) -> int:
     """Returns value as an int; raises unless it is an integer (numpy's included) of at least ``least``."""
-    refused = isinstance(value, (bool, Tensor))  # a tensor would have to be read
-    if not refused and not isinstance(value, (int, torch.SymInt)):  # the latter is a size that a compiler keeps
-        try:
-            value = operator.index(value)
-        except TypeError:
-            refused = True
-    if refused:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)  # a SymInt is a size that a compiler keeps
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -57,7 +47,7 @@ def check_tensor(name: str, x: object) -> None:
         )
 
 
-def check_embedding(name: str, x: Tensor) -> None:
+def check_embedding(name: str, x: Tensor, min_rows: int = 0) -> None:
     """Raises unless x is a dense (B, D) tensor; like all checks, looks at metadata only, never at values."""
     check_tensor(name, x)
     if x.layout != torch.strided:
@@ -68,22 +58,21 @@ def check_embedding(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be (batch, features), got shape {tuple(x.shape)}: {way_out}")
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
+    if x.shape[0] < min_rows:
+        raise ValueError(
+            f"{name} must have at least {min_rows} row{'s' * (min_rows > 1)} to correlate over, got {x.shape[0]}: "
+            f"skip the batch{' in all processes' * (min_rows < 2)}, or set drop_last=True in the DataLoader"
+        )
 
 
 def check_embeddings(student: Tensor, teacher: Tensor, same_width: bool = False, min_rows: int = 2) -> None:
     """Raises unless both are embeddings of the same batch, on the same device and, if so asked, of the same width."""
-    check_embedding("student", student)
-    check_embedding("teacher", teacher)
+    check_embedding("student", student, min_rows)
+    check_embedding("teacher", teacher, min_rows)
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(
             f"student has {student.shape[0]} rows and teacher {teacher.shape[0]}: "
             "give both networks the same batch, so that row i of both is the same sample"
-        )
-    if student.shape[0] < min_rows:
-        raise ValueError(
-            f"student and teacher must have at least {min_rows} row{'s' * (min_rows > 1)} to correlate over, "
-            f"got {student.shape[0]}: skip the batch{' in all processes' * (min_rows < 2)}, "
-            "or set drop_last=True in the DataLoader"
         )
     if student.device != teacher.device:
         raise ValueError(
@@ -141,8 +130,7 @@ def refuse_second_derivative(x: Tensor, *inputs: Tensor) -> Tensor:
     # Batched by is_grads_batched=True, with create_graph=True.
     if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x):
         raise_no_second_derivative()
-    copy: Tensor = _refuse_op(x, list(inputs))
-    return copy
+    return _refuse_op(x, list(inputs))
 
 
 def raise_no_second_derivative(*_: Any) -> NoReturn:
@@ -155,10 +143,7 @@ def raise_no_second_derivative(*_: Any) -> NoReturn:
 
 # An operator, as a compiler would look through a function and drop inputs of which no value is used.
 _refuse_op = torch.library.custom_op(
-    "rsd_loss::no_second_derivative",
-    lambda x, inputs: x.clone(),
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] inputs) -> Tensor",
+    "rsd_loss::refuse", lambda x, inputs: x.clone(), mutates_args=(), schema="(Tensor x, Tensor[] inputs) -> Tensor"
 )
 _refuse_op.register_fake(lambda x, inputs: x.clone())
 _refuse_op.register_autograd(raise_no_second_derivative)

@@ -12,13 +12,11 @@ are those of the sum of all processes' losses, so DistributedDataParallel's aver
 """
 
 import os
-import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,18 +25,15 @@ from torch import Tensor
 
 from rsd_loss._common import no_autocast, product_dtype
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 Losses = tuple[Tensor, Tensor, Tensor]
+Backend = Callable[..., Losses]
 
 
 class Shard(NamedTuple):
     """Which part of the global batch this process holds (None: all of it)."""
 
-    group: "ProcessGroup"
+    group: "dist.ProcessGroup"
     rows: int  # of the global batch
-    features: int  # of the global batch
     by_rows: bool  # this process holds all features of some rows, else all rows of some features
 
 
@@ -69,23 +64,17 @@ def merge_over_processes(
 
 
 def over_processes(
-    backend: Callable[..., Losses],
-    student: Tensor,
-    teacher: Tensor,
-    kappa: float,
-    eps: float,
-    rows: list[int],
-    group: "ProcessGroup",
+    backend: Backend, student: Tensor, teacher: Tensor, kappa: float, eps: float, rows: list[int], shard: Shard
 ) -> Losses:
     """Runs a fast backend on the global batch; same result in every process. ``rows`` are those of each process."""
-    shard = Shard(group, sum(rows), student.shape[1], by_rows=True)
-    if shard.features <= shard.rows:
+    group, features = shard.group, student.shape[1]
+    if features <= shard.rows:
         out = backend(student, teacher, kappa, eps, shard)
         if out[0].requires_grad:  # every process computed the same losses: their gradient is the sum over processes
             out[0].register_hook(lambda grad: _Sum.apply(grad, group))  # type: ignore[no-untyped-call]
         return out
     rank, world = dist.get_rank(group), len(rows)
-    shares = [shard.features // world + (r < shard.features % world) for r in range(world)]
+    shares = [features // world + (r < features % world) for r in range(world)]
     args = (_Exchange.apply(x, rows, shares, group) for x in (student, teacher))
     own = backend(*args, kappa, eps, shard._replace(by_rows=False))
     padding = (sum(shares[:rank]), sum(shares[rank + 1 :]))
@@ -93,15 +82,16 @@ def over_processes(
     return losses.clone(), d.detach(), off.detach()  # a clone, as views cannot be changed in place
 
 
-def group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None":
+def group_or_none(process_group: "dist.ProcessGroup | None") -> "dist.ProcessGroup | None":
     """The group to gather over, or None if there is none or it is this process alone."""
     if not dist.is_available() or not dist.is_initialized():
         if process_group is not None:
             raise ValueError("process_group is given, but torch.distributed is not initialised: initialise it first")
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            _warn(
+            warnings.warn(
                 "gather_distributed=True has no effect: WORLD_SIZE says that there are other processes, but "
-                "torch.distributed is not initialised. Call init_process_group before the first loss"
+                "torch.distributed is not initialised. Call init_process_group before the first loss",
+                stacklevel=2,
             )
         return None
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
@@ -122,37 +112,23 @@ def group_or_none(process_group: "ProcessGroup | None") -> "ProcessGroup | None"
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _warn(message: str) -> None:
-    """Warns at the first line outside this package and torch; Python's skip_file_prefixes has this from 3.12 on."""
-    inside = tuple(str(Path(file or "").parent) for file in (torch.__file__, __file__))
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_code.co_filename.startswith(inside):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
-
-
 @contextmanager
-def failing_together(student: object, group: "ProcessGroup") -> Iterator[None]:
+def failing_together(student: object, group: "dist.ProcessGroup") -> Iterator[None]:
     """If the checks inside raise in one process, `agree` raises in the others, which wait for it there."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:
         gather_ints([0], student, group)  # no valid input has 0 rows
         raise
 
 
-def agree(student: Tensor, teacher: Tensor, must_match: dict[str, Any], group: "ProcessGroup") -> list[int]:
+def agree(student: Tensor, teacher: Tensor, must_match: dict[str, Any], group: "dist.ProcessGroup") -> list[int]:
     """Checks that all processes agree, so that none sends what another does not expect; returns the rows of each."""
-    must_match = must_match | {
-        "torch.is_grad_enabled()": torch.is_grad_enabled(),
-        "student's width": student.shape[1],
-        "teacher's width": teacher.shape[1],
-        "student's dtype": student.dtype,
-        "teacher's dtype": teacher.dtype,
-        "student.requires_grad": student.requires_grad,
-        "teacher.requires_grad": teacher.requires_grad,
-        "the dtype of the products, which torch.autocast may change,": product_dtype(student, teacher),
-    }
+    must_match = must_match | {"torch.is_grad_enabled()": torch.is_grad_enabled()}
+    for name, x in (("student", student), ("teacher", teacher)):
+        must_match |= {f"{name}'s width": x.shape[1], f"{name}'s dtype": x.dtype}
+        must_match |= {f"{name}.requires_grad": x.requires_grad}
+    must_match["the dtype of the products, which torch.autocast may change,"] = product_dtype(student, teacher)
     mine = [zlib.crc32(repr(value).encode()) for value in must_match.values()]
     rows, *theirs = gather_ints([student.shape[0], *mine], student, group)
     if 0 in rows:
@@ -168,7 +144,7 @@ def agree(student: Tensor, teacher: Tensor, must_match: dict[str, Any], group: "
     return rows
 
 
-def gather_ints(numbers: list[int], student: object, group: "ProcessGroup") -> list[list[int]]:
+def gather_ints(numbers: list[int], student: object, group: "dist.ProcessGroup") -> list[list[int]]:
     """All-gathers up to 16 integers: for each, a list with one entry per process."""
     device = None
     if isinstance(student, Tensor) and student.device.type not in ("cpu", "meta"):
@@ -177,26 +153,24 @@ def gather_ints(numbers: list[int], student: object, group: "ProcessGroup") -> l
         device = torch.device("cpu")
     sent = torch.tensor(numbers + [0] * (16 - len(numbers)), device=device or torch.accelerator.current_accelerator())
     received = _collective("all_gather_into_tensor", sent, dist.get_world_size(group), group=group)
-    columns: list[list[int]] = received.view(-1, 16).T.tolist()
-    return columns
+    return received.view(-1, 16).T.tolist()
 
 
-def _collective(name: str, *args: Any, group: "ProcessGroup") -> Tensor:
+def _collective(name: str, *args: Any, group: "dist.ProcessGroup") -> Tensor:
     """The result of a functional collective, once it is there.
 
     Those of torch.distributed change a tensor in place. Activation checkpointing may keep the result of any operation,
     and then would keep it changed.
     """
     functional = torch.ops._c10d_functional
-    out: Tensor = functional.wait_tensor(getattr(functional, name)(*args, group.group_name))
-    return out
+    return functional.wait_tensor(getattr(functional, name)(*args, group.group_name))
 
 
 class _Sum(torch.autograd.Function):
     """All-reduce, in forward and in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: "ProcessGroup") -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
         ctx.group = group
         return _collective("all_reduce", x.to(torch.promote_types(x.dtype, torch.float32)), "sum", group=group)
 
@@ -210,7 +184,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: list[int], shares: list[int], group: "ProcessGroup", back: bool = False
+        ctx: Any, x: Tensor, rows: list[int], shares: list[int], group: "dist.ProcessGroup", back: bool = False
     ) -> Tensor:
         ctx.args = (rows, shares, group, not back)
         rank = dist.get_rank(group)

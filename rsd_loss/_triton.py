@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsd_loss import _fused
 from rsd_loss._common import no_autocast, product_dtype, refuse_second_derivative
-from rsd_loss._distributed import Shard, merge_over_processes, sum_over_features, sum_over_rows
+from rsd_loss._distributed import Losses, Shard, merge_over_processes, sum_over_features, sum_over_rows
 
 try:
     import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -36,7 +37,7 @@ _ROWS, _PARTS = 512, 64
 
 def why_unavailable(*embeddings: Tensor) -> str | None:
     """Why these embeddings cannot go through the kernels, or None if they can; looks at metadata only."""
-    if not _INSTALLED:
+    if triton is None:
         return "triton is not installed (it comes with PyTorch's CUDA builds for Linux)"
     for x in embeddings:
         if x.dtype == torch.float64:
@@ -49,70 +50,59 @@ def why_unavailable(*embeddings: Tensor) -> str | None:
     return None
 
 
-def feature_losses(
-    student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None) -> Losses:
     """Same contract as reference.feature_losses, in float32.
 
     Keeps until backward, in the dtype of the products (that of autocast, else of the embeddings), both standardised
     embeddings and P, or M if D exceeds B.
     """
     batch, features = student.shape
-    student_grad = torch.is_grad_enabled() and student.requires_grad
-    teacher_grad = torch.is_grad_enabled() and teacher.requires_grad
+    if torch.is_grad_enabled() and teacher.requires_grad:  # the rare case, which has no kernels
+        return _fused.feature_losses(student, teacher, kappa, eps, shard)
+    gradient = torch.is_grad_enabled() and student.requires_grad
     # A (D, D) product costs B D^2 and a (B, B) or (B, B) x (B, D) one B^2 D; the wide side needs two for the value.
-    tall = features * (1 + student_grad + teacher_grad) <= batch * (2 + 2 * teacher_grad)
-    if shard is not None:
-        tall = shard.by_rows
+    tall = features * (1 + gradient) <= 2 * batch if shard is None else shard.by_rows
     args = (student, teacher, float(kappa), float(eps), tall, shard)
     # Triton launches on the current device, which need not be the tensors'; compiled code sees to that itself.
     on_device = student.is_cuda and not torch.compiler.is_compiling()
     with torch.cuda.device(student.device) if on_device else nullcontext():
-        if student_grad or teacher_grad:
-            return _FeatureLosses.apply(*args)  # type: ignore[no-any-return]
-        return _forward(*args)[:3]
+        return _FeatureLosses.apply(*args) if gradient else _forward(*args)[:3]
 
 
 class _FeatureLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, kappa: float, eps: float, tall: bool, shard: Shard | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Losses:
         losses, d, off, z, stats, product = _forward(student, teacher, kappa, eps, tall, shard)
         if not torch.compiler.is_compiling():  # spares two launches that fill zeros; the compiler drops them unasked
             ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(d, off)
-        # An embedding without a gradient may come from torch.inference_mode, and could not be saved.
-        inputs = [x for x, wanted in zip((student, teacher), ctx.needs_input_grad[:2], strict=True) if wanted]
-        ctx.save_for_backward(d, off, z, stats, product, *inputs)
-        ctx.kappa, ctx.tall, ctx.shard, ctx.dtypes = kappa, tall, shard, (student.dtype, teacher.dtype)
+        ctx.save_for_backward(d, off, z, stats, product, student)
+        ctx.kappa, ctx.tall = kappa, tall
         return losses, d, off
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None, None, None
-        d, off, z, stats, product, *inputs = ctx.saved_tensors
+        d, off, z, stats, product, student = ctx.saved_tensors
         compiling = torch.compiler.is_compiling()
-        grads: list[Tensor | None] = [None, None]
         # The products keep the dtype that forward gave them, whatever autocast is around backward().
         with torch.set_grad_enabled(compiling), no_autocast(z.device.type):
             if compiling:
-                upstream = refuse_second_derivative(upstream, *inputs)
-            if ctx.needs_input_grad[0]:
-                m = torch.mm(z[1], product) if ctx.tall else product
-                grads[0] = torch.empty(m.shape, dtype=ctx.dtypes[0], device=z.device)
-                # The compiler traces this with strides that the upstream need not have when it runs.
-                u = upstream.contiguous() if compiling else upstream
-                stride = 1 if compiling else u.stride(0)
-                grid = (-(-m.shape[0] // _BLOCK_R) * -(-m.shape[1] // _BLOCK_C),)
-                args = (u, stride, m, d, off, z, stats, grads[0], *m.shape, ctx.kappa)
-                _gradient[grid](*args, block_r=_BLOCK_R, block_c=_BLOCK_C)
-            if ctx.needs_input_grad[1]:
-                grads[1] = _teacher_gradient(ctx, upstream, d, z, stats, product).to(ctx.dtypes[1])
+                upstream = refuse_second_derivative(upstream, student)
+            m = torch.mm(z[1], product) if ctx.tall else product
+            grad = torch.empty(m.shape, dtype=student.dtype, device=z.device)
+            # The compiler traces this with strides that the upstream need not have when it runs.
+            u = upstream.contiguous() if compiling else upstream
+            stride = 1 if compiling else u.stride(0)
+            grid = (-(-m.shape[0] // _BLOCK_R) * -(-m.shape[1] // _BLOCK_C),)
+            args = (u, stride, m, d, off, z, stats, grad, *m.shape, ctx.kappa)
+            _gradient[grid](*args, block_r=_BLOCK_R, block_c=_BLOCK_C)
         if torch.is_grad_enabled() and not compiling:
-            grads = [grad if grad is None else refuse_second_derivative(grad, upstream, *inputs) for grad in grads]
-        return *grads, None, None, None, None
+            grad = refuse_second_derivative(grad, upstream, student)
+        return grad, None, None, None, None, None
 
 
 def _forward(
@@ -150,20 +140,6 @@ def _forward(
     d, off = torch.empty_like(losses), torch.empty_like(losses)
     _columns[grid[:1]](product, z, losses, d, off, batch, features, kappa, tall=tall, **blocks)
     return losses, d, off, z, stats, product
-
-
-def _teacher_gradient(ctx: Any, upstream: Tensor, d: Tensor, z: Tensor, stats: Tensor, product: Tensor) -> Tensor:
-    """The rare case, in torch: the roles swap (P -> P'), and the upstream gradient stands inside the product."""
-    (z_s, z_t), kappa, tall, shard = z, ctx.kappa, ctx.tall, ctx.shard
-    # Inside a half-precision product u must be O(1); its size, a GradScaler's 65536 say, comes back in float32.
-    size = sum_over_features(upstream.abs().amax().clamp_min(torch.finfo(torch.float32).tiny), shard)
-    u = upstream / size
-    inner = (product * u).T if tall else sum_over_features(torch.mm((z_s * u).to(z.dtype), z_s.T), shard)
-    m = torch.mm(z_s, inner.to(z.dtype)) if tall else torch.mm(inner, z_t)
-    m = 2 * kappa * m.float() + (2 * u * ((1 - kappa) * d - 1)) * z_s
-    g = stats[1, 1] * sum_over_rows((m * z_t).sum(dim=0), shard)
-    grad: Tensor = size * (stats[1, 0] * m - g * z_t)
-    return grad
 
 
 def _jit(function: Callable[..., None]) -> Any:
@@ -286,9 +262,7 @@ def _columns(  # type: ignore[no-untyped-def]
     col_mask = cols < features
     d_sum = tl.zeros([block_r, block_c], dtype=tl.float32)
     q_sum = tl.zeros([block_r, block_c], dtype=tl.float32)
-    height = batch
-    if tall:
-        height = features
+    height = features if tall else batch
     for start in range(0, height, block_r):
         rows = start + tl.arange(0, block_r)
         inside = (rows < height)[:, None] & col_mask[None, :]
@@ -338,5 +312,4 @@ def _gradient(  # type: ignore[no-untyped-def]
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-_INSTALLED = triton is not None
-_INTERPRETED = _INSTALLED and not isinstance(_gradient, triton.JITFunction)
+_INTERPRETED = triton is not None and not isinstance(_gradient, triton.JITFunction)

@@ -91,9 +91,7 @@ def redundancy(teacher: Tensor, *, eps: float = 1e-5) -> Tensor:
         tensor(7.)
     """
     eps = check_number("eps", eps)
-    check_embedding("teacher", teacher)
-    if teacher.shape[0] < 2:
-        raise ValueError(f"teacher must have at least 2 rows to correlate over, got {teacher.shape[0]}: pass a batch")
+    check_embedding("teacher", teacher, min_rows=2)
     with no_autocast(teacher.device.type):
         return _redundancy(standardise(teacher, eps) / teacher.shape[0] ** 0.5)
 
@@ -112,8 +110,7 @@ def _effective_rank(z: Tensor) -> Tensor:
     noise = 32 * torch.finfo(gram.dtype).eps * eigenvalues.amax()
     singular = eigenvalues.masked_fill(eigenvalues < noise, 0).sqrt()
     p = singular / singular.sum().clamp_min(torch.finfo(gram.dtype).tiny)
-    rank: Tensor = torch.special.entr(p).sum().exp().to(z.dtype)
-    return rank
+    return torch.special.entr(p).sum().exp().to(z.dtype)
 
 
 def _linear_cka(student: Tensor, teacher: Tensor) -> Tensor:

@@ -78,10 +78,7 @@ def dense_pairs(
         prefix_tokens = [0 if is_map and not all(are_maps) else prefix_tokens for is_map in are_maps]  # type: ignore[assignment]
     prefix, last = _pair("prefix_tokens", prefix_tokens), _pair("channels_last", channels_last)
     grids: Any = (grid, grid) if _is_grid(grid) else _pair("grid", grid)
-    s, t = (
-        _as_map(name, x, prefix[i], last[i], grids[i])
-        for i, (name, x) in enumerate((("student", student), ("teacher", teacher)))
-    )
+    s, t = map(_as_map, ("student", "teacher"), (student, teacher), prefix, last, grids)
     if s.shape[0] != t.shape[0]:
         raise ValueError(f"student has a batch of {s.shape[0]} and teacher of {t.shape[0]}: pass the same images")
     common = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
@@ -103,11 +100,8 @@ def _pair(name: str, value: Any) -> Any:
 
 
 def _is_grid(grid: Any) -> bool:
-    return (
-        isinstance(grid, (tuple, list))
-        and len(grid) == 2
-        and all(isinstance(n, int) or hasattr(n, "__index__") for n in grid)
-    )
+    sizes = grid if isinstance(grid, (tuple, list)) else ()
+    return len(sizes) == 2 and all(isinstance(n, int) or hasattr(n, "__index__") for n in sizes)
 
 
 def _as_map(name: str, x: Tensor, prefix_tokens: int, channels_last: bool | None, grid: Grid | None) -> Tensor:

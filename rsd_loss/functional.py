@@ -1,17 +1,16 @@
 """The loss and its cross-correlation matrix: signatures, documentation, checks and the choice of a backend."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple, get_args, overload
 
+import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from rsd_loss import _distributed, _fused, reference
 from rsd_loss._common import check_embeddings, check_number, why_only_reference
-from rsd_loss._distributed import Losses, Shard
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from rsd_loss._distributed import Backend, Losses, Shard
 
 Reduction = Literal["sum", "mean", "none"]
 Implementation = Literal["auto", "fused", "triton", "reference"]
@@ -35,30 +34,16 @@ class RSDTerms(NamedTuple):
 
 @overload
 def rsd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    kappa: float = ...,
-    eps: float = ...,
-    reduction: Reduction = ...,
-    gather_distributed: bool = ...,
-    process_group: "ProcessGroup | None" = ...,
-    implementation: Implementation = ...,
-    return_terms: Literal[False] = ...,
-) -> Tensor: ...
+    student: Tensor, teacher: Tensor, *, kappa: float = ..., eps: float = ..., reduction: Reduction = ...,
+    gather_distributed: bool = ..., process_group: "torch.distributed.ProcessGroup | None" = ...,
+    implementation: Implementation = ..., return_terms: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def rsd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    kappa: float = ...,
-    eps: float = ...,
-    reduction: Reduction = ...,
-    gather_distributed: bool = ...,
-    process_group: "ProcessGroup | None" = ...,
-    implementation: Implementation = ...,
-    return_terms: Literal[True],
-) -> tuple[Tensor, RSDTerms]: ...
+    student: Tensor, teacher: Tensor, *, kappa: float = ..., eps: float = ..., reduction: Reduction = ...,
+    gather_distributed: bool = ..., process_group: "torch.distributed.ProcessGroup | None" = ...,
+    implementation: Implementation = ..., return_terms: Literal[True],
+) -> tuple[Tensor, RSDTerms]: ...  # fmt: skip
 
 
 def rsd_loss(
@@ -69,7 +54,7 @@ def rsd_loss(
     eps: float = 1e-5,
     reduction: Reduction = "sum",
     gather_distributed: bool = False,
-    process_group: "ProcessGroup | None" = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     implementation: Implementation = "auto",
     return_terms: bool = False,
 ) -> Tensor | tuple[Tensor, RSDTerms]:
@@ -112,16 +97,12 @@ def rsd_loss(
             ``gather_distributed=True``) between processes; the message says which and what to do.
         RuntimeError: The implementation named cannot run here; the message says why.
     """
-    if gather_distributed:
-        losses, d, off = _gathered_losses(student, teacher, kappa, eps, reduction, implementation, process_group)
-    else:
-        check_gather(gather_distributed, process_group)
-        losses, d, off = _losses(student, teacher, kappa, eps, reduction, implementation)
-    loss = _reduce(losses, reduction)
-    if not return_terms:
-        return loss
-    over_features: Reduction = "mean" if reduction == "mean" else "sum"
-    return loss, RSDTerms(_reduce((d - 1).square(), over_features), _reduce(off, over_features))
+    check_gather(gather_distributed, process_group)
+    args = (student, teacher, kappa, eps, reduction, implementation)
+    losses, d, off = _gathered(_losses, process_group, *args) if gather_distributed else _losses(*args)
+    over_features = torch.mean if reduction == "mean" else torch.sum
+    loss = losses if reduction == "none" else over_features(losses)
+    return (loss, RSDTerms(over_features((d - 1).square()), over_features(off))) if return_terms else loss
 
 
 def cross_correlation(
@@ -130,7 +111,7 @@ def cross_correlation(
     *,
     eps: float = 1e-5,
     gather_distributed: bool = False,
-    process_group: "ProcessGroup | None" = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """Cross-correlation matrix of two batches of embeddings, P = Zt' Zs / B.
 
@@ -152,61 +133,43 @@ def cross_correlation(
         ValueError: Shapes, devices or ranges do not fit; the message says which and what to do.
     """
     if gather_distributed:
-        return _gathered_correlation(student, teacher, eps, process_group)
+        return _gathered(_correlation, process_group, student, teacher, eps)
     check_gather(gather_distributed, process_group)
     return _correlation(student, teacher, eps)
-
-
-def _losses(
-    student: Tensor, teacher: Tensor, kappa: float, eps: float, reduction: Reduction, implementation: Implementation
-) -> Losses:
-    kappa, eps = check_settings(kappa, eps, reduction, implementation)
-    check_embeddings(student, teacher, same_width=True)
-    return _backend(implementation, student, teacher)(student, teacher, kappa, eps)
-
-
-def _correlation(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
-    eps = check_number("eps", eps)
-    check_embeddings(student, teacher)
-    return reference.cross_correlation(student, teacher, eps)
 
 
 # What other processes hold decides how the batch is split: a decision on the host, which the compiler leaves to Python.
 # This is torch.compiler.disable, without loading the compiler on import.
 @_disable_dynamo
-def _gathered_losses(
-    student: Tensor,
-    teacher: Tensor,
-    kappa: float,
-    eps: float,
-    reduction: Reduction,
-    implementation: Implementation,
-    process_group: "ProcessGroup | None",
+def _gathered(function: Callable[..., Any], process_group: "torch.distributed.ProcessGroup | None", *args: Any) -> Any:
+    return function(*args, _distributed.group_or_none(process_group))
+
+
+def _losses(
+    student: Tensor, teacher: Tensor, kappa: float, eps: float, reduction: str, implementation: str, group: Any = None
 ) -> Losses:
-    group = _distributed.group_or_none(process_group)
-    if group is None:
-        return _losses(student, teacher, kappa, eps, reduction, implementation)
-    with _distributed.failing_together(student, group):
+    with nullcontext() if group is None else _distributed.failing_together(student, group):
         kappa, eps = check_settings(kappa, eps, reduction, implementation)
-        _check_to_gather(student, teacher, same_width=True)
+        _check_inputs(student, teacher, group, same_width=True)
         backend = _backend(implementation, student, teacher)
+    if group is None:
+        return backend(student, teacher, kappa, eps)
     settings = {"implementation": implementation, "reduction": reduction, "kappa": kappa, "eps": eps}
     rows = _distributed.agree(student, teacher, {"the function called": "rsd_loss"} | settings, group)
+    shard = Shard(group, sum(rows), by_rows=True)
     if backend is reference.feature_losses:  # its own operations and their gradients sum over processes, at any shape
-        return backend(student, teacher, kappa, eps, Shard(group, sum(rows), student.shape[1], by_rows=True))
-    return _distributed.over_processes(backend, student, teacher, kappa, eps, rows, group)
+        return backend(student, teacher, kappa, eps, shard)
+    return _distributed.over_processes(backend, student, teacher, kappa, eps, rows, shard)
 
 
-@_disable_dynamo
-def _gathered_correlation(student: Tensor, teacher: Tensor, eps: float, process_group: "ProcessGroup | None") -> Tensor:
-    group = _distributed.group_or_none(process_group)
-    if group is None:
-        return _correlation(student, teacher, eps)
-    with _distributed.failing_together(student, group):
+def _correlation(student: Tensor, teacher: Tensor, eps: float, group: Any = None) -> Tensor:
+    with nullcontext() if group is None else _distributed.failing_together(student, group):
         eps = check_number("eps", eps)
-        _check_to_gather(student, teacher)
+        _check_inputs(student, teacher, group)
+    if group is None:
+        return reference.cross_correlation(student, teacher, eps)
     rows = _distributed.agree(student, teacher, {"the function called": "cross_correlation", "eps": eps}, group)
-    return reference.cross_correlation(student, teacher, eps, Shard(group, sum(rows), student.shape[1], by_rows=True))
+    return reference.cross_correlation(student, teacher, eps, Shard(group, sum(rows), by_rows=True))
 
 
 def check_settings(kappa: float, eps: float, reduction: str, implementation: str) -> tuple[float, float]:
@@ -224,15 +187,17 @@ def check_gather(gather_distributed: bool, process_group: object) -> None:
         raise ValueError("process_group is given but gather_distributed is False: pass gather_distributed=True with it")
 
 
-def _check_to_gather(student: Tensor, teacher: Tensor, same_width: bool = False) -> None:
-    check_embeddings(student, teacher, same_width=same_width, min_rows=1)
+def _check_inputs(student: Tensor, teacher: Tensor, group: object, same_width: bool = False) -> None:
+    check_embeddings(student, teacher, same_width=same_width, min_rows=2 if group is None else 1)
+    if group is None:
+        return
     if reason := why_only_reference(student, teacher):
         raise RuntimeError(f"gather_distributed=True cannot run here: {reason}. Leave it out for this process's loss")
     if student.device.type == "meta":
         raise ValueError("student and teacher are on meta, and what has no values cannot be gathered")
 
 
-def _backend(implementation: Implementation, student: Tensor, teacher: Tensor) -> Callable[..., Losses]:
+def _backend(implementation: str, student: Tensor, teacher: Tensor) -> Backend:
     """The function that computes the losses, P_jj and sum_{i != j} P_ij^2, all (D,)."""
     reason = why_only_reference(student, teacher)
     if implementation == "reference" or (implementation == "auto" and reason):
@@ -246,9 +211,3 @@ def _backend(implementation: Implementation, student: Tensor, teacher: Tensor) -
         raise RuntimeError(f'implementation="{implementation}" cannot run here: {reason}{way_out}')
     # "auto" will pick the kernels on CUDA once they have won their benchmark on a real GPU.
     return _triton.feature_losses if implementation == "triton" else _fused.feature_losses
-
-
-def _reduce(losses: Tensor, reduction: Reduction) -> Tensor:
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.mean()

@@ -1,16 +1,13 @@
 """The loss and the projector as modules."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rsd_loss._common import autocasts, check_integer, check_tensor
+from rsd_loss._common import autocasts, check_embedding, check_integer
 from rsd_loss.functional import Implementation, Reduction, RSDTerms, check_gather, check_settings, rsd_loss
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class RSDLoss(nn.Module):
@@ -20,8 +17,7 @@ class RSDLoss(nn.Module):
     wrapper and checkpoints. Source: Zhang, Liu, Ran and Ma, ICCV 2025, arXiv 2507.21844.
 
     Args:
-        kappa: Weight of the decorrelation term. The paper's 0.01 is for teachers with a redundancy R of up to about 10
-            (``rsd_loss.diagnostics.redundancy``); kappa R of 0.3 costs accuracy. 0 did no harm with any teacher.
+        kappa: Weight of the decorrelation term. The paper's 0.01 is not for every teacher: see ``rsd_loss``.
         eps: Added to the standard deviation, in the units of the embeddings.
         reduction: ``"sum"`` (the paper), ``"mean"`` or ``"none"``.
         gather_distributed: Take the global batch, of all processes in ``process_group``.
@@ -54,7 +50,7 @@ class RSDLoss(nn.Module):
         eps: float = 1e-5,
         reduction: Reduction = "sum",
         gather_distributed: bool = False,
-        process_group: "ProcessGroup | None" = None,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
         implementation: Implementation = "auto",
         return_terms: bool = False,
     ) -> None:
@@ -70,8 +66,7 @@ class RSDLoss(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor | tuple[Tensor, RSDTerms]:
         """(B, D) student and (B, D) teacher embeddings to the loss; see ``rsd_loss``."""
         settings: dict[str, Any] = {name: getattr(self, name) for name in (*self._shown, "process_group")}
-        loss: Tensor | tuple[Tensor, RSDTerms] = rsd_loss(student, teacher, **settings)
-        return loss
+        return rsd_loss(student, teacher, **settings)
 
     def extra_repr(self) -> str:
         """The settings, as repr shows them."""
@@ -137,13 +132,11 @@ class DecouplingProjector(nn.Module):
 
     def forward(self, student: Tensor) -> Tensor:
         """(B, in_features) to (B, out_features)."""
-        check_tensor("student", student)
-        if student.ndim != 2 or student.shape[1] != self.in_features:
-            way_out = "give in_features the embedding's width"
-            if student.ndim != 2:
-                way_out = "pool maps and tokens with rsd_loss.features.pool"
+        check_embedding("student", student)
+        if student.shape[1] != self.in_features:
             raise ValueError(
-                f"student must be (batch, {self.in_features}), got shape {tuple(student.shape)}: {way_out}"
+                f"student must be (batch, {self.in_features}), got shape {tuple(student.shape)}: "
+                "give in_features the embedding's width"
             )
         weight = self.expand.weight
         if student.device != weight.device:
@@ -161,5 +154,4 @@ class DecouplingProjector(nn.Module):
                 f"student must have at least 2 rows in training mode, got {student.shape[0]}: "
                 "skip the batch, or set drop_last=True in the DataLoader"
             )
-        x: Tensor = self.project(self.activation(self.norm(self.expand(student))))
-        return x
+        return self.project(self.activation(self.norm(self.expand(student))))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rsd_loss._common import statistics_dtype
-from rsd_loss._distributed import Shard, sum_over_rows
+from rsd_loss._distributed import Losses, Shard, sum_over_rows
 
 
 def standardise(x: Tensor, eps: float, shard: Shard | None = None) -> Tensor:
@@ -39,9 +39,7 @@ def cross_correlation(student: Tensor, teacher: Tensor, eps: float, shard: Shard
     return sum_over_rows(p, shard).to(p.dtype)
 
 
-def feature_losses(
-    student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def feature_losses(student: Tensor, teacher: Tensor, kappa: float, eps: float, shard: Shard | None = None) -> Losses:
     """Per student feature j the loss (P_jj - 1)^2 + kappa sum_{i != j} P_ij^2, then P_jj and sum_{i != j} P_ij^2.
 
     All are (D,), in at least float32, and only the first carries a gradient.

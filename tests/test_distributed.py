@@ -120,15 +120,15 @@ def test_half_precision(pool, rows, features, implementation, dtype):
 
 
 def triton(rank, group, rows, features):
-    student, teacher = (x.requires_grad_() for x in pair(sum(rows), features))
-    want = rsd_loss(student, teacher, kappa=0.1, reduction="none", implementation="reference")
+    student, teacher = pair(sum(rows), features)
+    want = rsd_loss(student.requires_grad_(), teacher, kappa=0.1, reduction="none", implementation="reference")
     weights = [upstream(want.shape, want.dtype, seed=r) for r in range(len(rows))]
-    want_grads = torch.autograd.grad(want, (student, teacher), sum(weights))
-    ours = [own(rank, rows, x).detach().float().requires_grad_() for x in (student, teacher)]
-    got = gathered(group, implementation="triton", kappa=0.1, reduction="none")(*ours)
+    (want_grad,) = torch.autograd.grad(want, student, sum(weights))
+    ours = [own(rank, rows, x).detach().float() for x in (student, teacher)]
+    got = gathered(group, implementation="triton", kappa=0.1, reduction="none")(ours[0].requires_grad_(), ours[1])
     assert_close(got.double(), want, rtol=1e-5, atol=1e-5)  # float32
-    for grad, want_grad in zip(torch.autograd.grad(got, ours, weights[rank].float()), want_grads, strict=True):
-        assert_close(grad.double(), own(rank, rows, want_grad), rtol=1e-5, atol=1e-5)
+    (grad,) = torch.autograd.grad(got, ours[0], weights[rank].float())
+    assert_close(grad.double(), own(rank, rows, want_grad), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         got = gathered(group, implementation="triton", kappa=0.1, reduction="none")(*ours)
         assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
@@ -319,13 +319,11 @@ def raises_everywhere(rank, group, case):
             student, teacher, message = student.detach().to("meta"), teacher.to("meta"), "cannot be gathered"
         case "sparse", 1:
             teacher, message = teacher.to_sparse(), "teacher must be a dense tensor"
-        case "huge", 1:
-            settings["kappa"], message = 10**400, "kappa must be a finite number"
         case "reduction", _:
             settings["reduction"], message = ("mean" if rank == 1 else "sum"), f"reduction {differs}"
         case "empty", 1:
             student, teacher, message = student[:0], teacher[:0], "must have at least 1 row to correlate over, got 0"
-        case "shape" | "empty" | "unavailable" | "setting" | "meta" | "sparse" | "huge", _:
+        case "shape" | "empty" | "unavailable" | "setting" | "meta" | "sparse", _:
             message = bad
     if case == "unavailable":
         settings["implementation"] = "triton"
@@ -345,7 +343,7 @@ def raises_everywhere(rank, group, case):
     "case",
     [
         *("width", "gradient", "dtype", "kappa", "implementation", "autocast", "setting", "shape", "unavailable"),
-        *("empty", "meta", "sparse", "huge", "reduction"),
+        *("empty", "meta", "sparse", "reduction"),
     ],
 )
 def test_an_error_in_one_process_is_one_in_all(pool, case):
@@ -565,6 +563,7 @@ def group_of_another_time(rank, store):
         else:
             with pytest.raises(ValueError, match="process_group was destroyed since it was made"):
                 criterion(torch.randn(4, 6), torch.randn(4, 6))
+        dist.barrier()  # the other process may still be connecting
         dist.destroy_process_group()
 
 
@@ -594,9 +593,8 @@ def test_a_launch_that_forgot_to_initialise_is_warned(call, monkeypatch):
     settings = {} if isinstance(call, RSDLoss) else {"gather_distributed": True}
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = "has no effect: .* torch.distributed is not initialised. Call init_process"
-    with pytest.warns(UserWarning, match=message) as caught:
+    with pytest.warns(UserWarning, match=message):
         call(student, teacher, **settings)
-    assert caught[0].filename == __file__  # the line to mend
     monkeypatch.setenv("WORLD_SIZE", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -66,7 +66,6 @@ NUMBERS = {
     "complex": (1j, TypeError, "must be a number, got complex"),
     "tensor": (torch.tensor(0.1), TypeError, "must be a number, got Tensor: pass a Python float"),
     "numpy's infinity": (np.float32("inf"), ValueError, "finite number that is not negative, got inf"),
-    "more than a float holds": (10**400, ValueError, "finite number that is not negative, got 1000"),
 }
 
 
@@ -154,8 +153,12 @@ def test_projector_construction(arguments, error, message):
 
 def test_projector_input():
     projector = DecouplingProjector(4, 6)
-    for shape, way_out in (((8, 5), "give in_features"), ((8, 4, 2, 2), "pool maps and tokens"), ((4,), "pool")):
-        with pytest.raises(ValueError, match=rf"student must be \(batch, 4\), got shape .*: {way_out}"):
+    for shape, must, way_out in (
+        ((8, 5), "batch, 4", "give in_features"),
+        ((8, 4, 2, 2), "batch, features", "pool maps and tokens"),
+        ((4,), "batch, features", "keep the batch dimension"),
+    ):
+        with pytest.raises(ValueError, match=rf"student must be \({must}\), got shape .*: {way_out}"):
             projector(torch.randn(shape))
     with pytest.raises(TypeError, match=r"student must be a torch.Tensor, got tuple: pick the embedding out"):
         projector((torch.randn(8, 4),))
