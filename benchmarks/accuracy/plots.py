@@ -54,7 +54,7 @@ def gain(path: Path) -> None:
 
 def redundancy(path: Path) -> None:
     """The change in test accuracy against kappa = 0 with the same seed and precision, over kappa R."""
-    figure = Figure(figsize=(5, 5), layout="constrained")
+    figure = Figure(figsize=(5, 6), layout="constrained")
     axes = figure.add_subplot()
     known = {(line["teacher"], line["precision"]): line for line in read("redundancy_teachers", batch="128")}
     setting = {"pair": "vit_coarse", "method": "rsd", "batch": "128", "epochs": "10", "weight": "25"}

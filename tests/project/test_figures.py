@@ -34,9 +34,16 @@ METHODS = {
 
 
 def cell(lines):
-    """Mean, standard deviation, and how many seeds if they are not three; KD and RSD also ran at a second weight."""
+    """Mean, standard deviation, and how many seeds if they are not three; KD and RSD also ran at a second weight.
+
+    A seed that ran in both precisions counts once.
+    """
     second = {("kd", "0.9"), ("rsd", "0.2")}
-    values = [float(line["test"]) for line in lines if (line["method"], line["weight"]) not in second]
+    seeds = {}
+    for line in lines:
+        if (line["method"], line["weight"]) not in second:
+            seeds.setdefault(line["seed"], []).append(float(line["test"]))
+    values = [statistics.mean(tests) for tests in seeds.values()]
     text = f"{statistics.mean(values):.1f}" if values else ""
     text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return text + (f" ({len(values)})" if len(values) in (1, 2) else "")
@@ -106,6 +113,8 @@ TEACHERS = {
     "adapted to the task, 256 features": "adapted256",
     "adapted to the task, 1,280 features": "adapted1280",
     "ResNet trained on the task, 256 features": "resnet",
+    "ResNet trained on the task, 512 features": "resnet_wide",
+    "ViT trained on the task, 192 features": "vit",
 }
 
 
@@ -115,12 +124,15 @@ def redundancy(**which):
     return [line for line in results("redundancy") if which.items() <= line.items()]
 
 
-def test_table_of_the_weight_on_the_mean():
-    lines = redundancy(pair="vit_coarse", method="rsd", kappa="0")
-    for title, teacher in TEACHERS.items():
-        own = [x for x in lines if x["teacher"] == teacher]
-        cells = [cell([x for x in own if x["weight"] == weight]) for weight in ("1", "3", "10", "25", "100", "400")]
-        assert f"\n| {' | '.join([title, *cells])} |\n" in page("settings")
+def test_tables_of_the_weight_on_the_mean():
+    for epochs, shown in (("10", "1 3 10 25 100 400"), ("30", "1 25 100")):
+        lines = redundancy(pair="vit_coarse", method="rsd", kappa="0", epochs=epochs)
+        for title, teacher in TEACHERS.items():
+            own = [x for x in lines if x["teacher"] == teacher]
+            cells = [cell([x for x in own if x["weight"] == weight]) for weight in shown.split()]
+            assert not own or f"\n| {' | '.join([title, *cells])} |\n" in page("settings")
+        alone = redundancy(pair="vit_coarse", method="none", epochs=epochs)
+        assert f"alone {cell(alone)}" in " ".join(page("settings").split())
 
 
 def changes(**which):
@@ -146,23 +158,34 @@ def test_table_of_kappa():
         assert f"\n| {' | '.join([title, *cells])} |\n" in page("settings")
 
 
-def test_the_batch_and_the_epochs():
+def test_other_batches_epochs_and_students():
     text = " ".join(page("settings").split())
     costs = [
         -statistics.mean(change for _, change in changes(teacher="raw1280", batch=batch)[0.3])
         for batch in ("64", "128", "256")
     ]
     assert "a kappa R of 0.3 costs {:.1f}, {:.1f} and {:.1f} points".format(*costs) in text
-    alone, one, middle, hundred = (
-        float(redundancy(teacher="raw1280", epochs="30", method=method, weight=weight, kappa=kappa)[0]["test"])
-        for method, weight, kappa in (("none", "0", ""), ("rsd", "1", "0"), ("rsd", "25", "0"), ("rsd", "100", "0"))
-    )
-    assert f"1, 25 and 100 gave {one:.1f}, {middle:.1f} and {hundred:.1f} (one seed; alone {alone:.1f})" in text
-    small = [redundancy(pair="resmlp_coarse", method="rsd", weight=weight) for weight in ("10", "25", "100")]
-    means = [statistics.mean(float(x["test"]) for x in lines) for lines in small]
-    assert "{:.1f}, {:.1f} and {:.1f} at 10, 25 and 100".format(*means) in text
-    long = changes(epochs="30")
-    assert f"0.1 changed test accuracy by {long[0.1][0][1]:+.1f} points and 0.3 by {long[0.3][0][1]:+.1f}" in text
+    for told, which in (
+        ("After 30 epochs, 0.1 changed it by {:+.1f} points and 0.3 by {:+.1f} ({} runs", {"epochs": "30"}),
+        ("with an MLP student, by {:+.1f} and {:+.1f} ({} runs", {"pair": "resmlp_coarse"}),
+    ):
+        tenth, third = ([change for _, change in changes(**which)[share]] for share in (0.1, 0.3))
+        assert told.format(statistics.mean(tenth), statistics.mean(third), len(tenth)) in text
+        assert len(third) == len(tenth)
+    small = [redundancy(pair="resmlp_coarse", teacher="raw1280", method="rsd", weight=weight, kappa="0")
+             for weight in ("10", "25", "100")]  # fmt: skip
+    alone = cell(redundancy(pair="resmlp_coarse", method="none"))
+    assert "had {}, {} and {} at 10, 25 and 100 (alone {})".format(*map(cell, small), alone) in text
+
+
+def test_table_of_teachers():
+    """Some ran in two precisions; the page shows one."""
+    names = ("redundancy", "eigenvalue", "accuracy")
+    lines = [x for x in results("redundancy_teachers") if x["batch"] == "128" and x["eigenvalue"]]
+    known = {f"{int(x['features']):,} | {' | '.join(f'{float(x[name]):.1f}' for name in names)}" for x in lines}
+    shown = re.findall(r"\| ([\d,]+(?: \| [\d.]+){3}) \|$", page("evidence"), re.MULTILINE)
+    assert len(shown) == len({x["teacher"] for x in lines})
+    assert {*shown} <= known
 
 
 def test_what_the_harm_follows():
