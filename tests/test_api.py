@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import rsd_loss
@@ -39,6 +40,7 @@ def test_signatures():
         parameters = inspect.signature(value).parameters.values()
         bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
         assert str(bare) == want, name
+        typing.get_type_hints(value.__init__ if isinstance(value, type) else value)  # tools resolve these by name
 
 
 def test_every_public_name_is_documented():
